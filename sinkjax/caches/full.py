@@ -1,0 +1,103 @@
+"""Everything is kept, up to a capacity: dense attention."""
+
+import dataclasses
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.sink_attention import Segment, sink_attention
+from sinkjax.caches.protocol import Clock, Positions, check_init, rotated, write_chunk, write_one
+
+
+class CacheFull(ValueError):
+    """More tokens than a `FullCache` has slots."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FullCache:
+    """Keeps all of `capacity` tokens, and takes no more.
+
+    Raises:
+        ValueError: capacity < 1.
+    """
+
+    capacity: int
+
+    def __post_init__(self):
+        if self.capacity < 1:
+            raise ValueError(f"capacity must be ≥ 1, got {self.capacity}")
+
+    @property
+    def reach(self) -> int:
+        return self.capacity
+
+    def check(self, tokens: int) -> None:
+        """Raises `CacheFull` where a row would hold more than `capacity` tokens."""
+        if tokens > self.capacity:
+            raise CacheFull(
+                f"the FullCache of {self.capacity} tokens is full: a row would hold {tokens}. "
+                "Give it a larger capacity, or stream without end with SinkRing(sinks, window)."
+            )
+
+    def init(
+        self, *, batch: int, kv_heads: int, head_dim: int, dtype=jnp.float32
+    ) -> "DenseCache":
+        """An empty cache of `[batch, kv_heads, capacity, head_dim]` keys and values."""
+        check_init(batch, kv_heads, head_dim)
+        shape = (batch, kv_heads, self.capacity, head_dim)
+        return DenseCache(
+            jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), Clock.zero(batch), self
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DenseCache:
+    """One layer's keys and values: token t in slot t, rotated at its absolute position."""
+
+    k: Float[Array, "B Hkv C D"]
+    v: Float[Array, "B Hkv C D"]
+    clock: Clock
+    policy: FullCache = dataclasses.field(metadata=dict(static=True))
+
+    def attend(
+        self,
+        q: Float[Array, "B T H D"],
+        k: Float[Array, "B T Hkv D"],
+        v: Float[Array, "B T Hkv D"],
+        positions: Positions | None,
+        lengths: Int32[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B T H D"], Self]:
+        """See `Cache.attend`. Every token sees itself and all before it.
+
+        Raises:
+            CacheFull: called outside `jit`, the tokens do not fit. Inside `jit` nothing can be
+                raised: there the output of a row that does not fit is NaN, and whoever counts
+                tokens on the host calls `policy.check` first.
+        """
+        B, T = q.shape[:2]
+        slots = jnp.arange(self.policy.capacity)
+        ticks = self.clock.ticks
+        tick = ticks[:, None] + jnp.arange(T)
+        at = self.clock.position[:, None] + jnp.arange(T, dtype=jnp.uint32)
+        q, k = rotated(positions, q, at), rotated(positions, k, at)
+        if T == 1 and lengths is None:
+            by = jnp.ones(B, jnp.int32)
+            keys, values = write_one(self.k, k, ticks), write_one(self.v, v, ticks)
+        else:
+            by = jnp.full(B, T, jnp.int32) if lengths is None else lengths
+            source = slots - ticks[:, None]
+            lands = (source >= 0) & (source < by[:, None])
+            keys, values = (
+                write_chunk(self.k, k, source, lands),
+                write_chunk(self.v, v, source, lands),
+            )
+        overfull = ticks + by > self.policy.capacity
+        if not isinstance(overfull, jax.core.Tracer):
+            self.policy.check(int(jnp.max(ticks + by)))
+        out = sink_attention(q, [Segment(keys, values, slots <= tick[..., None])])
+        out = jnp.where(overfull[:, None, None, None], jnp.nan, out)
+        clock = Clock(ticks + by, self.clock.position + by.astype(jnp.uint32))
+        return out, dataclasses.replace(self, k=keys, v=values, clock=clock)

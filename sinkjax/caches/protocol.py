@@ -1,0 +1,159 @@
+"""The protocol that every cache follows, the clock that all share, and a model's stack of caches.
+
+A *policy* (`SinkRing`, `FullCache`) is a small frozen description. Its `init` makes a *cache*: a
+frozen pytree of fixed shape for one layer, whose one verb is `attend`.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import Protocol, Self
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32, UInt32
+
+
+class Positions(Protocol):
+    """What a position does to a query or key: `sinkjax.models.positions.Rotary`, or your own."""
+
+    def rotate(
+        self, x: Float[Array, "B T H D"], positions: UInt32[Array, "B T"]
+    ) -> Float[Array, "B T H D"]: ...
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Clock:
+    """How far each row of a cache has come.
+
+    Attributes:
+        ticks: `[B]`, tokens written. A ring folds it (see `ring.py`), so that it stays small.
+        position: `[B]`, the position of the next token modulo 2³²; wraps without harm.
+    """
+
+    ticks: Int32[Array, " B"]
+    position: UInt32[Array, " B"]
+
+    @classmethod
+    def zero(cls, batch: int) -> Self:
+        return cls(jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.uint32))
+
+
+class Cache(Protocol):
+    """What one layer remembers. Frozen; `attend` returns the next state, of the same shapes."""
+
+    clock: Clock
+
+    def attend(
+        self,
+        q: Float[Array, "B T H D"],
+        k: Float[Array, "B T Hkv D"],
+        v: Float[Array, "B T Hkv D"],
+        positions: Positions | None,
+        lengths: Int32[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B T H D"], Self]:
+        """Takes T new tokens a row in, and lets each attend to what the policy grants it.
+
+        Args:
+            q, k, v: projections of the new tokens, not yet rotated.
+            positions: the position scheme; None: the model has none.
+            lengths: how many of the T tokens of each row are real (a prefix); the others are
+                padding, which no token sees and no cache keeps. None: all are.
+
+        Returns:
+            The attention output (at padding: anything finite) and the cache with the tokens in.
+        """
+        ...
+
+
+class Policy(Protocol):
+    """What to remember: hashable, without arrays."""
+
+    @property
+    def capacity(self) -> int:
+        """The most tokens a row can hold."""
+        ...
+
+    @property
+    def reach(self) -> int:
+        """The greatest distance + 1 between a query and a key that is no sink."""
+        ...
+
+    def init(
+        self, *, batch: int, kv_heads: int, head_dim: int, dtype: jnp.dtype = ...
+    ) -> Cache: ...
+
+    def check(self, tokens: int) -> None:
+        """Raises where a row of `tokens` tokens, counted on the host, is more than it takes."""
+        ...
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerCaches:
+    """The caches of all layers of a model. They march in step, so their clock is kept once.
+
+    Iterates over the layers' caches, and is made again from those that `attend` returned.
+    A tuple of separate arrays, not one stacked array: each is updated in place.
+    """
+
+    layers: tuple[Cache, ...]  # their own clocks are None
+    clock: Clock
+
+    @classmethod
+    def of(cls, caches: Iterable[Cache]) -> Self:
+        caches = tuple(caches)
+        return cls(tuple(dataclasses.replace(c, clock=None) for c in caches), caches[0].clock)
+
+    @classmethod
+    def init(
+        cls,
+        policy: Policy,
+        *,
+        layers: int,
+        batch: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype=jnp.float32,
+    ) -> Self:
+        return cls.of(
+            policy.init(batch=batch, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype)
+            for _ in range(layers)
+        )
+
+    def __iter__(self) -> Iterator[Cache]:
+        return (dataclasses.replace(c, clock=self.clock) for c in self.layers)
+
+
+def rotated(positions: Positions | None, x: Array, at: Array) -> Array:
+    return x if positions is None else positions.rotate(x, at)
+
+
+def check_init(batch: int, kv_heads: int, head_dim: int) -> None:
+    for name, value in dict(batch=batch, kv_heads=kv_heads, head_dim=head_dim).items():
+        if value < 1:
+            raise ValueError(f"a cache needs {name} ≥ 1, got {value}")
+
+
+def write_one(
+    buffer: Float[Array, "B Hkv C D"], new: Float[Array, "B 1 Hkv D"], slot: Int32[Array, " B"]
+) -> Float[Array, "B Hkv C D"]:
+    """Puts one new token a row into its slot, in place where the buffer is donated."""
+    new = new.astype(buffer.dtype).swapaxes(1, 2)
+    # A scatter over rows of different slots is a loop, and may copy the buffer; B updates do not.
+    for row in range(buffer.shape[0]):
+        buffer = jax.lax.dynamic_update_slice(buffer, new[row : row + 1], (row, 0, slot[row], 0))
+    return buffer
+
+
+def write_chunk(
+    buffer: Float[Array, "B Hkv C D"],
+    new: Float[Array, "B T Hkv D"],
+    source: Int32[Array, "B C"],
+    lands: Array,
+) -> Float[Array, "B Hkv C D"]:
+    """Gives each slot c of row b the chunk's token `source[b, c]` where `lands[b, c]` is true."""
+    new = new.astype(buffer.dtype).swapaxes(1, 2)
+    index = jnp.clip(source, 0, new.shape[2] - 1)[:, None, :, None]
+    moved = jnp.take_along_axis(new, index, axis=2)
+    return jnp.where(lands[:, None, :, None], moved, buffer)

@@ -1,0 +1,137 @@
+"""The decoder of the Llama family. The shortest path from tokens to logits is this file."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from sinkjax.caches import LayerCaches, Policy
+from sinkjax.models.config import Config
+from sinkjax.models.layers import MLP, Attention, rms_norm
+
+
+class Block(nnx.Module):
+    def __init__(self, config: Config, *, rngs: nnx.Rngs, dtype=jnp.float32):
+        self.eps = config.norm_eps
+        self.attention_norm = nnx.Param(jnp.ones(config.hidden_size, dtype))
+        self.attention = Attention(config, rngs=rngs, dtype=dtype)
+        self.mlp_norm = nnx.Param(jnp.ones(config.hidden_size, dtype))
+        self.mlp = MLP(config, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x, cache, lengths):
+        y, cache = self.attention(rms_norm(x, self.attention_norm[...], self.eps), cache, lengths)
+        x = x + y
+        return x + self.mlp(rms_norm(x, self.mlp_norm[...], self.eps)), cache
+
+
+class Decoder(nnx.Module):
+    """A pre-norm decoder with rotary attention and gated MLPs. Holds parameters and no state.
+
+    Args:
+        config: its sizes.
+        rngs: for random weights; `Decoder.from_weights` takes those of a checkpoint instead.
+        dtype: of parameters and activations. Norms, softmax and logits are float32 regardless.
+    """
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs, dtype=jnp.float32):
+        self.config = config
+        shape = (config.vocab_size, config.hidden_size)
+        self.embed = nnx.Param(jax.random.normal(rngs.params(), shape, dtype))
+        self.blocks = nnx.List(
+            [Block(config, rngs=rngs, dtype=dtype) for _ in range(config.layers)]
+        )
+        self.norm = nnx.Param(jnp.ones(config.hidden_size, dtype))
+        if not config.tied_embeddings:
+            scale = config.hidden_size**-0.5
+            self.head = nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * scale)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        caches: LayerCaches,
+        lengths: Int[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B T E"], LayerCaches]:
+        """The final hidden states of T new tokens a row, and the caches with them in.
+
+        Args:
+            tokens: ids below `vocab_size`; the caller checks them.
+            caches: from `init_caches`, or from the call before.
+            lengths: how many of the T tokens of each row are real; None: all.
+        """
+        x = self.embed[...][tokens]
+        new = []
+        for block, cache in zip(self.blocks, caches, strict=True):
+            x, cache = block(x, cache, lengths)
+            new.append(cache)
+        return rms_norm(x, self.norm[...], self.config.norm_eps), LayerCaches.of(new)
+
+    def logits(self, hidden: Float[Array, "... E"]) -> Float[Array, "... V"]:
+        """Scores of the next token, float32, from final hidden states."""
+        head = self.embed if self.config.tied_embeddings else self.head
+        return jnp.einsum(
+            "...e,ve->...v", hidden, head[...], preferred_element_type=jnp.float32
+        )
+
+    def init_caches(self, policy: Policy, *, batch: int = 1) -> LayerCaches:
+        """Empty caches for all layers, in the dtype of the parameters.
+
+        Raises:
+            ValueError: the policy lets a token attend further back than the model's own window.
+        """
+        c = self.config
+        if c.sliding_window is not None and policy.reach > c.sliding_window:
+            raise ValueError(
+                f"{policy} attends to {policy.reach} tokens back, but this model was trained with "
+                f"a sliding window of {c.sliding_window}: use SinkRing(sinks, window) with a "
+                f"window of at most {c.sliding_window}"
+            )
+        return LayerCaches.init(
+            policy,
+            layers=c.layers,
+            batch=batch,
+            kv_heads=c.kv_heads,
+            head_dim=c.head_dim,
+            dtype=self.embed[...].dtype,
+        )
+
+    @classmethod
+    def abstract(cls, config: Config, dtype=jnp.float32) -> "Decoder":
+        """A decoder of shapes and dtypes, without weights."""
+        return nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0), dtype=dtype))
+
+    @classmethod
+    def from_weights(
+        cls, config: Config, weights: Mapping[str, Array], dtype=jnp.float32
+    ) -> "Decoder":
+        """A decoder with the weights of a checkpoint.
+
+        Args:
+            config: its sizes.
+            weights: by dotted path, such as `blocks.0.attention.q` `[E, H·D]` (the second axis
+                of every matrix is its output, but for `embed` and `head`, `[V, E]`).
+            dtype: that the weights are cast to.
+
+        Raises:
+            ValueError: weights are missing, surplus, misshapen or not finite: all are listed.
+        """
+        graph, abstract = nnx.split(cls.abstract(config, dtype))
+        wanted = {".".join(map(str, path)): leaf for path, leaf in abstract.flat_state()}
+        wrong = [f"missing: {name}" for name in wanted if name not in weights]
+        wrong += [f"surplus: {name}" for name in weights if name not in wanted]
+        for name in wanted.keys() & weights.keys():
+            if weights[name].shape != wanted[name].shape:
+                wrong.append(
+                    f"misshapen: {name} is {weights[name].shape}, expected {wanted[name].shape}"
+                )
+            elif not jnp.isfinite(jnp.sum(jnp.abs(jnp.asarray(weights[name], jnp.float32)))):
+                wrong.append(f"not finite: {name} holds NaN or infinity")
+        if wrong:
+            listed = "\n  ".join(sorted(wrong))
+            raise ValueError(f"these weights do not make a {config.family} decoder:\n  {listed}")
+        leaves = {
+            path: leaf.replace(jnp.asarray(weights[".".join(map(str, path))], dtype))
+            for path, leaf in abstract.flat_state()
+        }
+        return nnx.merge(graph, nnx.State.from_flat_path(leaves))

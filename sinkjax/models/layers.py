@@ -1,0 +1,66 @@
+"""The parts of a decoder: norm, attention, MLP. Parameters only; what is remembered is handed in."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int32
+
+from sinkjax.caches import Cache
+from sinkjax.models.config import Config
+
+
+def rms_norm(x: Float[Array, "... E"], weight: Float[Array, " E"], eps: float) -> Array:
+    """x over its root mean square, in float32, back in the dtype of `x`."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return (y * weight.astype(jnp.float32)).astype(x.dtype)
+
+
+def _matrix(rngs: nnx.Rngs, rows: int, columns: int, dtype) -> nnx.Param:
+    return nnx.Param(jax.random.normal(rngs.params(), (rows, columns), dtype) * rows**-0.5)
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: Config, *, rngs: nnx.Rngs, dtype=jnp.float32):
+        E, D = config.hidden_size, config.head_dim
+        self.config = config
+        self.q = _matrix(rngs, E, config.heads * D, dtype)
+        self.k = _matrix(rngs, E, config.kv_heads * D, dtype)
+        self.v = _matrix(rngs, E, config.kv_heads * D, dtype)
+        self.out = _matrix(rngs, config.heads * D, E, dtype)
+        if config.qkv_bias:
+            self.q_bias = nnx.Param(jnp.zeros(config.heads * D, dtype))
+            self.k_bias = nnx.Param(jnp.zeros(config.kv_heads * D, dtype))
+            self.v_bias = nnx.Param(jnp.zeros(config.kv_heads * D, dtype))
+        if config.out_bias:
+            self.out_bias = nnx.Param(jnp.zeros(E, dtype))
+        if config.qk_norm:
+            self.q_norm = nnx.Param(jnp.ones(D, dtype))
+            self.k_norm = nnx.Param(jnp.ones(D, dtype))
+
+    def __call__(
+        self, x: Float[Array, "B T E"], cache: Cache, lengths: Int32[Array, " B"] | None
+    ) -> tuple[Float[Array, "B T E"], Cache]:
+        c = self.config
+        q, k, v = x @ self.q[...], x @ self.k[...], x @ self.v[...]
+        if c.qkv_bias:
+            q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
+        q, k, v = (y.reshape(*x.shape[:2], -1, c.head_dim) for y in (q, k, v))
+        if c.qk_norm:
+            q = rms_norm(q, self.q_norm[...], c.norm_eps)
+            k = rms_norm(k, self.k_norm[...], c.norm_eps)
+        y, cache = cache.attend(q, k, v, c.rotary, lengths)
+        y = y.reshape(*x.shape[:2], -1) @ self.out[...]
+        return (y + self.out_bias[...] if c.out_bias else y), cache
+
+
+class MLP(nnx.Module):
+    """The gated unit of Llama: down(silu(gate x) · up x)."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs, dtype=jnp.float32):
+        self.gate = _matrix(rngs, config.hidden_size, config.intermediate_size, dtype)
+        self.up = _matrix(rngs, config.hidden_size, config.intermediate_size, dtype)
+        self.down = _matrix(rngs, config.intermediate_size, config.hidden_size, dtype)
+
+    def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        return (jax.nn.silu(x @ self.gate[...]) * (x @ self.up[...])) @ self.down[...]
