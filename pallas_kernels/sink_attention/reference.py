@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -82,9 +81,7 @@ def _scores(q: Array, q_sinks: Array | None, s: Segment) -> Float[Array, "B Hkv 
     if q_sinks is None or s.sinks is None or s.sinks.shape[1] == 0:
         return scores
     S = s.sinks.shape[1]
-    first = jnp.where(
-        s.sinks[:, None, None, None], _dot(q_sinks, s.k[:, :, :S]), scores[..., :S]
-    )
+    first = jnp.where(s.sinks[:, None, None, None], _dot(q_sinks, s.k[:, :, :S]), scores[..., :S])
     return jnp.concatenate([first, scores[..., S:]], axis=-1)
 
 

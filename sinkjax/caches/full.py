@@ -41,15 +41,11 @@ class FullCache:
                 "Give it a larger capacity, or stream without end with SinkRing(sinks, window)."
             )
 
-    def init(
-        self, *, batch: int, kv_heads: int, head_dim: int, dtype=jnp.float32
-    ) -> "DenseCache":
+    def init(self, *, batch: int, kv_heads: int, head_dim: int, dtype=jnp.float32) -> "DenseCache":
         """An empty cache of `[batch, kv_heads, capacity, head_dim]` keys and values."""
         check_init(batch, kv_heads, head_dim)
         shape = (batch, kv_heads, self.capacity, head_dim)
-        return DenseCache(
-            jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), Clock.zero(batch), self
-        )
+        return DenseCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), Clock.zero(batch), self)
 
 
 @jax.tree_util.register_dataclass

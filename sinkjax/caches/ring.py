@@ -48,15 +48,11 @@ class SinkRing:
     def check(self, tokens: int) -> None:
         pass  # a ring takes any number of tokens
 
-    def init(
-        self, *, batch: int, kv_heads: int, head_dim: int, dtype=jnp.float32
-    ) -> "RingCache":
+    def init(self, *, batch: int, kv_heads: int, head_dim: int, dtype=jnp.float32) -> "RingCache":
         """An empty ring of `[batch, kv_heads, sinks + window, head_dim]` keys and values."""
         check_init(batch, kv_heads, head_dim)
         shape = (batch, kv_heads, self.capacity, head_dim)
-        return RingCache(
-            jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), Clock.zero(batch), self
-        )
+        return RingCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), Clock.zero(batch), self)
 
 
 @jax.tree_util.register_dataclass

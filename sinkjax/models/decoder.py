@@ -70,9 +70,7 @@ class Decoder(nnx.Module):
     def logits(self, hidden: Float[Array, "... E"]) -> Float[Array, "... V"]:
         """Scores of the next token, float32, from final hidden states."""
         head = self.embed if self.config.tied_embeddings else self.head
-        return jnp.einsum(
-            "...e,ve->...v", hidden, head[...], preferred_element_type=jnp.float32
-        )
+        return jnp.einsum("...e,ve->...v", hidden, head[...], preferred_element_type=jnp.float32)
 
     def init_caches(self, policy: Policy, *, batch: int = 1) -> LayerCaches:
         """Empty caches for all layers, in the dtype of the parameters.
@@ -117,7 +115,7 @@ class Decoder(nnx.Module):
             ValueError: weights are missing, surplus, misshapen or not finite: all are listed.
         """
         graph, abstract = nnx.split(cls.abstract(config, dtype))
-        wanted = {".".join(map(str, path)): leaf for path, leaf in abstract.flat_state()}
+        wanted = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(abstract)}
         wrong = [f"missing: {name}" for name in wanted if name not in weights]
         wrong += [f"surplus: {name}" for name in weights if name not in wanted]
         for name in wanted.keys() & weights.keys():
@@ -132,6 +130,6 @@ class Decoder(nnx.Module):
             raise ValueError(f"these weights do not make a {config.family} decoder:\n  {listed}")
         leaves = {
             path: leaf.replace(jnp.asarray(weights[".".join(map(str, path))], dtype))
-            for path, leaf in abstract.flat_state()
+            for path, leaf in nnx.to_flat_state(abstract)
         }
-        return nnx.merge(graph, nnx.State.from_flat_path(leaves))
+        return nnx.merge(graph, nnx.from_flat_state(leaves))

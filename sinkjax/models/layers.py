@@ -1,4 +1,4 @@
-"""The parts of a decoder: norm, attention, MLP. Parameters only; what is remembered is handed in."""
+"""The parts of a decoder: norm, attention, MLP. They hold parameters; memory is handed in."""
 
 import jax
 import jax.numpy as jnp
