@@ -85,24 +85,31 @@ class Printer:
 
 
 class Timer:
-    """Seconds to the first token, and tokens per second after it."""
+    """Seconds to the first token of the newest prompt, and tokens per second after first ones."""
 
     def __init__(self):
-        self._start, self._first, self._now, self._tokens = time.perf_counter(), 0.0, 0.0, 0
+        self._to_first, self._seconds, self._tokens = 0.0, 0.0, 0
+        self.start()
+
+    def start(self) -> None:
+        """A prompt is about to be read."""
+        self._from, self._waiting = time.perf_counter(), True
 
     def count(self, outputs: list[Output]) -> None:
-        self._now = time.perf_counter()
-        if not self._first:
-            self._first = self._now
+        now = time.perf_counter()
+        if self._waiting:
+            self._to_first, self._waiting = now - self._from, False
         else:
+            self._seconds += now - self._from
             self._tokens += sum(len(out.tokens) for out in outputs)
+        self._from = now
 
     def stats(self) -> dict[str, float]:
-        seconds = self._now - self._first
-        return dict(
-            seconds_to_first_token=round(self._first - self._start, 3) if self._first else 0.0,
-            tokens_per_second=round(self._tokens / seconds, 2) if seconds else 0.0,
-        )
+        rate = self._tokens / self._seconds if self._seconds else 0.0
+        return {
+            "seconds_to_first_token": round(self._to_first, 3),
+            "tokens_per_second": round(rate, 2),
+        }
 
 
 @contextmanager
@@ -249,7 +256,7 @@ def write(
             return
 
 
-def converse(stream: Stream, printer: Printer, caught: list[int]) -> None:
+def converse(stream: Stream, printer: Printer, timer: Timer, caught: list[int]) -> None:
     """A conversation: lines in, replies out, the cache kept between turns."""
     tokenizer = stream.lm.tokenizer
     messages: list[dict[str, str]] = []
@@ -271,10 +278,12 @@ def converse(stream: Stream, printer: Printer, caught: list[int]) -> None:
             seen = ""
             stream.reset()
             ids = tokenizer.next_turn(messages, seen="")
+        timer.start()
         stream.feed([ids])
         drawn: list[int] = []
         text = ""
         for outputs in stream.run(FLAGS.max_tokens):
+            timer.count(outputs)
             printer.outputs(outputs)
             drawn += outputs[0].tokens
             text += outputs[0].text
@@ -299,7 +308,7 @@ def main(argv: list[str]) -> int:
             lm = LanguageModel.load(FLAGS.model, dtype=FLAGS.dtype)
             stream = settings_from_flags(1).new_stream(lm, steps_per_call=FLAGS.steps_per_call)
             printer = Printer(1, FLAGS.json)
-            converse(stream, printer, caught)
+            converse(stream, printer, timer, caught)
         else:
             stream, recorder = start()
             printer = Printer(len(stream.rows), FLAGS.json)

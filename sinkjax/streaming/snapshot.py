@@ -23,6 +23,7 @@ from sinkjax.caches import FullCache, Policy, SinkRing
 from sinkjax.checkpoints.orbax import restore_tree, save_tree
 from sinkjax.streaming.language_model import LanguageModel
 from sinkjax.streaming.sampling import Sampling
+from sinkjax.streaming.step import StreamState
 from sinkjax.streaming.stream import Output, Row, Stream
 from sinkjax.text.detokenize import Detokenizer, StopStrings
 
@@ -156,7 +157,7 @@ class Recorder:
             shutil.rmtree(partial, ignore_errors=True)
             try:
                 partial.mkdir()
-                save_tree(partial / "state", _named(stream.state))
+                save_tree(partial / "state", _stored(stream.state))
                 with open(partial / "stream.json", "w") as file:
                     json.dump(host, file)
                     file.flush()
@@ -218,15 +219,15 @@ def resume(
     settings = Settings.from_json(host["settings"])
     stream = settings.new_stream(lm, steps_per_call=steps_per_call)
     sharding = sharding or SingleDeviceSharding(jax.devices()[0])
-    abstract = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-        for name, leaf in _named(stream.state).items()
-    }
-    leaves = restore_tree(newest / "state", abstract)
-    # jit owns what it is given to donate: make sure that nobody else does.
-    leaves = {name: jnp.copy(leaf) for name, leaf in leaves.items()}
-    treedef = jax.tree.structure(stream.state)
-    stream.state = jax.tree.unflatten(treedef, [leaves[name] for name in abstract])
+    fresh, treedef = jax.tree.flatten(stream.state)
+    abstract = [
+        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        for leaf in _stored(stream.state)
+    ]
+    stored = iter(restore_tree(newest / "state", abstract))
+    # Copied, because the step donates its state: nobody else may own these buffers.
+    leaves = [jnp.copy(next(stored)) if leaf.size else leaf for leaf in fresh]
+    stream.state = jax.tree.unflatten(treedef, leaves)
     stream.rows = [_row_from_json(values, lm, settings.stop) for values in host["rows"]]
     for path, length in zip(_texts(folder, len(stream.rows)), host["text_bytes"], strict=True):
         if not path.exists() or path.stat().st_size < length:
@@ -235,11 +236,9 @@ def resume(
     return stream
 
 
-def _named(state) -> dict[str, jax.Array]:
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
-    }
+def _stored(state: StreamState) -> list[jax.Array]:
+    """What is written: the arrays that are not empty."""
+    return [leaf for leaf in jax.tree.leaves(state) if leaf.size]
 
 
 def _row_to_json(row: Row) -> dict:
