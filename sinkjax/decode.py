@@ -19,34 +19,44 @@ from sinkjax.streaming.stream import Output
 
 FLAGS = flags.FLAGS
 
-flags.DEFINE_string(
-    "model",
-    "smollm2-135m-instruct",
-    "The built-in name, a .gguf file, a folder (Hugging Face, or written by sinkjax.convert), "
-    "or a hub id.",
-)
-flags.DEFINE_string("prompt", None, "The text to continue. Without one, standard input is read.")
-flags.DEFINE_string("prompt_file", None, "A UTF-8 file with the text to continue.")
-flags.DEFINE_string("prompts_file", None, "A UTF-8 file of prompts, one a line: run as a batch.")
-flags.DEFINE_bool("chat", False, "Converse in the terminal, with the model's chat template.")
-flags.DEFINE_integer("sinks", 4, "First tokens that are kept for ever.")
-flags.DEFINE_integer("window", 1020, "Newest tokens that are kept.")
-flags.DEFINE_integer("max_tokens", 0, "The most tokens to write (in a chat: a reply); 0: no end.")
-flags.DEFINE_float("temperature", 0.8, "0: always the likeliest token.")
-flags.DEFINE_integer("top_k", 0, "Draw from the k likeliest tokens; 0: off.")
-flags.DEFINE_float("top_p", 1.0, "Draw from the likeliest tokens that reach this probability.")
-flags.DEFINE_float("min_p", 0.05, "Draw from tokens this times as likely as the likeliest.")
-flags.DEFINE_float("repetition_penalty", 1.1, "Makes the newest 64 tokens less likely; 1: off.")
-flags.DEFINE_integer("seed", 0, "Of the random draws; row i of a batch draws with seed + i.")
-flags.DEFINE_multi_string("stop", [], "End before this string; may be given several times.")
-flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of weights, activations and cache.")
-flags.DEFINE_integer("steps_per_call", 1, "Tokens per call of the compiled step.")
-flags.DEFINE_bool("ignore_eos", False, "Go on when the model ends its text.")
-flags.DEFINE_bool("stats", False, "Say at the end how fast it went and what was forgotten.")
-flags.DEFINE_bool("json", False, "Write events, one JSON object a line, instead of text.")
-flags.DEFINE_string("save", None, "A folder in which to keep the live stream.")
-flags.DEFINE_integer("save_every", 256, "Tokens between saves.")
-flags.DEFINE_string("resume", None, "Go on with the stream in this folder (and keep it there).")
+
+def define_flags() -> None:
+    flags.DEFINE_string(
+        "model",
+        "smollm2-135m-instruct",
+        "The built-in name, a .gguf file, a folder (Hugging Face, or written by sinkjax.convert), "
+        "or a hub id.",
+    )
+    flags.DEFINE_string(
+        "prompt", None, "The text to continue. Without one, standard input is read."
+    )
+    flags.DEFINE_string("prompt_file", None, "A UTF-8 file with the text to continue.")
+    flags.DEFINE_string(
+        "prompts_file", None, "A UTF-8 file of prompts, one a line: run as a batch."
+    )
+    flags.DEFINE_bool("chat", False, "Converse in the terminal, with the model's chat template.")
+    flags.DEFINE_integer("sinks", 4, "First tokens that are kept for ever.")
+    flags.DEFINE_integer("window", 1020, "Newest tokens that are kept.")
+    flags.DEFINE_integer(
+        "max_tokens", 0, "The most tokens to write (in a chat: a reply); 0: no end."
+    )
+    flags.DEFINE_float("temperature", 0.8, "0: always the likeliest token.")
+    flags.DEFINE_integer("top_k", 0, "Draw from the k likeliest tokens; 0: off.")
+    flags.DEFINE_float("top_p", 1.0, "Draw from the likeliest tokens that reach this probability.")
+    flags.DEFINE_float("min_p", 0.05, "Draw from tokens this times as likely as the likeliest.")
+    flags.DEFINE_float("repetition_penalty", 1.1, "Makes the newest 64 tokens less likely; 1: off.")
+    flags.DEFINE_integer("seed", 0, "Of the random draws; row i of a batch draws with seed + i.")
+    flags.DEFINE_multi_string("stop", [], "End before this string; may be given several times.")
+    flags.DEFINE_enum(
+        "dtype", "float32", ["float32", "bfloat16"], "Of weights, activations and cache."
+    )
+    flags.DEFINE_integer("steps_per_call", 1, "Tokens per call of the compiled step.")
+    flags.DEFINE_bool("ignore_eos", False, "Go on when the model ends its text.")
+    flags.DEFINE_bool("stats", False, "Say at the end how fast it went and what was forgotten.")
+    flags.DEFINE_bool("json", False, "Write events, one JSON object a line, instead of text.")
+    flags.DEFINE_string("save", None, "A folder in which to keep the live stream.")
+    flags.DEFINE_integer("save_every", 256, "Tokens between saves.")
+    flags.DEFINE_string("resume", None, "Go on with the stream in this folder (and keep it there).")
 
 
 class Printer:
@@ -249,9 +259,9 @@ def write(
     left = FLAGS.max_tokens - done if FLAGS.max_tokens else 0
     for outputs in stream.run(left):
         timer.count(outputs)
-        printer.outputs(outputs)
-        if recorder:
+        if recorder:  # first, so that what cannot be printed (a closed pipe) is kept
             recorder.record(outputs)
+        printer.outputs(outputs)
         if caught:
             return
 
@@ -296,9 +306,9 @@ def converse(stream: Stream, printer: Printer, timer: Timer, caught: list[int]) 
         seen = whole + tokenizer.decode(drawn, skip_special=False)
 
 
-def main(argv: list[str]) -> int:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
+def main(argv: list[str]) -> None:
+    if argv:
+        raise app.UsageError(f"unexpected argument {argv[0]!r}")
     if FLAGS.chat and (FLAGS.save or FLAGS.stop):
         raise app.UsageError("--chat keeps no --save folder and takes no --stop")
     with signals() as caught:
@@ -315,9 +325,11 @@ def main(argv: list[str]) -> int:
             try:
                 write(stream, printer, timer, caught, recorder)
             finally:
-                printer.finish()
-                if recorder:
-                    recorder.close()
+                try:
+                    printer.finish()
+                finally:
+                    if recorder:
+                        recorder.close()
         if FLAGS.stats:
             stats = {**timer.stats(), **stream.stats()}
             if FLAGS.json:
@@ -325,8 +337,10 @@ def main(argv: list[str]) -> int:
             else:
                 print(", ".join(f"{k} {v}" for k, v in stats.items()), file=sys.stderr)
     # Ctrl-C is how a stream without end ends; SIGTERM is for whoever sent it to see.
-    return 128 + signal.SIGTERM if signal.SIGTERM in caught else 0
+    if signal.SIGTERM in caught:
+        sys.exit(128 + signal.SIGTERM)
 
 
 if __name__ == "__main__":
+    define_flags()
     run(main)

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Checks style and types, and runs all tests, setting up whatever is missing first.
+# Usage: bash scripts/test.sh [ARGUMENTS OF pytest]
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" test
+ruff check .
+ruff format --check --quiet .
+mypy
+exec python -m pytest "$@"

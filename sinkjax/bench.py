@@ -1,0 +1,233 @@
+"""How fast, and does it stay so: `python -m sinkjax.bench speed|recompute|forever`.
+
+speed:      tokens per second of decode (with a full ring) and of prefill.
+recompute:  a token by streaming against a token by encoding its window from scratch, which is
+            what a window without sinks needs to stay sane (StreamingLLM, figure 10).
+forever:    one long stream: latency and resident memory from its beginning to its end.
+
+Each prints a table to standard error and one JSON object to standard output.
+"""
+
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from flax import nnx
+from tqdm import tqdm
+
+from sinkjax.caches import FullCache, SinkRing
+from sinkjax.cli import run
+from sinkjax.models import Config, Decoder
+from sinkjax.streaming import LanguageModel, Sampling, Stream
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    flags.DEFINE_string(
+        "model", "smollm2-135m-instruct", "As for sinkjax.decode; or `random`, a very small one."
+    )
+    flags.DEFINE_enum(
+        "dtype", "float32", ["float32", "bfloat16"], "Of weights, activations and cache."
+    )
+    flags.DEFINE_integer("sinks", 4, "First tokens that are kept for ever.")
+    flags.DEFINE_list("caches", ["1024"], "Cache sizes (sinks + window) to measure.")
+    flags.DEFINE_integer("tokens", 128, "Tokens to decode.")
+    flags.DEFINE_integer("prefill", 1024, "speed: tokens of the prompt.")
+    flags.DEFINE_integer("chunk", 512, "Tokens that one prefill call takes.")
+    flags.DEFINE_integer("steps_per_call", 1, "Tokens per call of the compiled step.")
+
+
+def load() -> LanguageModel:
+    if FLAGS.model != "random":
+        return LanguageModel.load(FLAGS.model, dtype=FLAGS.dtype)
+    config = Config(
+        family="llama",
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=128,
+        layers=2,
+        heads=4,
+        kv_heads=2,
+        head_dim=16,
+        norm_eps=1e-5,
+        rope_base=10_000.0,
+        trained_context=2048,
+    )
+    model = Decoder(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(FLAGS.dtype))
+    return LanguageModel(model, name="random")
+
+
+def some_tokens(lm: LanguageModel, count: int) -> list[int]:
+    return np.random.default_rng(0).integers(0, lm.config.vocab_size, count).tolist()
+
+
+def full_stream(lm: LanguageModel, cache: SinkRing, steps_per_call: int) -> Stream:
+    """A stream whose ring has no free slot."""
+    stream = Stream(
+        lm,
+        cache=cache,
+        sampling=Sampling(),
+        ignore_eos=True,
+        steps_per_call=steps_per_call,
+        chunk=FLAGS.chunk,
+    )
+    stream.feed([some_tokens(lm, cache.capacity + 8)])
+    return stream
+
+
+def decode_seconds(stream: Stream, tokens: int) -> list[float]:
+    """Seconds a token, of each call of the step."""
+    seconds, last = [], None
+    for outputs in stream.run(tokens + 2 * stream.steps_per_call):
+        now = time.perf_counter()
+        if last is not None:
+            seconds.append((now - last) / len(outputs[0].tokens))
+        last = now
+    return seconds[1:]
+
+
+def times(f: Callable[[], Any], repeats: int) -> list[float]:
+    f()
+    out = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        f()
+        out.append(time.perf_counter() - start)
+    return out
+
+
+def speed() -> dict:
+    lm = load()
+    size = int(FLAGS.caches[0])
+    stream = full_stream(lm, SinkRing(FLAGS.sinks, size - FLAGS.sinks), FLAGS.steps_per_call)
+    seconds = statistics.median(decode_seconds(stream, FLAGS.tokens))
+    prompt = some_tokens(lm, FLAGS.prefill)
+
+    def prefill():
+        stream.reset()
+        stream.feed([prompt])
+        jax.block_until_ready(stream.state.hidden)
+
+    prefill_seconds = statistics.median(times(prefill, 3))
+    return {
+        "cache": size,
+        "decode_ms_per_token": 1e3 * seconds,
+        "decode_tokens_per_s": 1 / seconds,
+        "prefill_tokens_per_s": FLAGS.prefill / prefill_seconds,
+        "chunk": FLAGS.chunk,
+        "steps_per_call": FLAGS.steps_per_call,
+    }
+
+
+def recompute() -> dict:
+    lm = load()
+    rows = []
+    for size in map(int, FLAGS.caches):
+        stream = full_stream(lm, SinkRing(FLAGS.sinks, size - FLAGS.sinks), FLAGS.steps_per_call)
+        streaming = statistics.median(decode_seconds(stream, FLAGS.tokens))
+        window = np.asarray([some_tokens(lm, size)], np.int32)
+        lengths = np.asarray([size], np.int32)
+        dense = FullCache(size)
+
+        def from_scratch(window=window, lengths=lengths, dense=dense):
+            lm.prefill(lm.init_state(dense), window, lengths).hidden.block_until_ready()
+
+        recomputed = statistics.median(times(from_scratch, 3))
+        rows.append(
+            {
+                "cache": size,
+                "streaming_ms": 1e3 * streaming,
+                "recompute_ms": 1e3 * recomputed,
+                "ratio": recomputed / streaming,
+            }
+        )
+        print(
+            "cache {cache}: streaming {streaming_ms:.1f} ms a token, re-computation "
+            "{recompute_ms:.1f} ms, ratio {ratio:.1f}".format(**rows[-1]),
+            file=sys.stderr,
+        )
+    return {"rows": rows}
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def forever() -> dict:
+    lm = load()
+    size = int(FLAGS.caches[0])
+    stream = full_stream(lm, SinkRing(FLAGS.sinks, size - FLAGS.sinks), FLAGS.steps_per_call)
+    seconds: list[float] = []
+    memory: list[tuple[int, int]] = []
+    last, count = None, 0
+    with tqdm(total=FLAGS.tokens, unit="token", file=sys.stderr) as bar:
+        for outputs in stream.run(FLAGS.tokens):
+            n = len(outputs[0].tokens)
+            now = time.perf_counter()
+            if last is not None:
+                seconds.append((now - last) / n)
+            last = now
+            if count // 1000 != (count + n) // 1000:
+                memory.append((count + n, resident_bytes()))
+            count += n
+            bar.update(n)
+    # The first calls warm up; then the beginning and the end, each a tenth of the stream.
+    seconds = seconds[max(1, len(seconds) // 100) :]
+    tenth = max(1, len(seconds) // 10)
+    after_first = [b for n, b in memory if n >= 1000]
+    first, last_tenth = statistics.median(seconds[:tenth]), statistics.median(seconds[-tenth:])
+    return {
+        "cache": size,
+        "tokens": count,
+        "traces_of_the_step": lm.decode.traces,
+        "ms_per_token_first_tenth": 1e3 * first,
+        "ms_per_token_last_tenth": 1e3 * last_tenth,
+        "latency_ratio": last_tenth / first,
+        "resident_mb_after_1000": after_first[0] / 1e6,
+        "resident_mb_at_the_end": after_first[-1] / 1e6,
+        "resident_mb_most": max(after_first) / 1e6,
+    }
+
+
+KINDS = {"speed": speed, "recompute": recompute, "forever": forever}
+
+
+def main(arguments: list[str]) -> None:
+    if len(arguments) != 1 or arguments[0] not in KINDS:
+        given = " ".join(arguments) or "none"
+        raise app.UsageError(f"give one of {', '.join(KINDS)}, got {given}")
+    kind = arguments[0]
+    if any(not size.isdigit() or int(size) <= FLAGS.sinks for size in FLAGS.caches):
+        raise ValueError(f"--caches must be whole numbers above --sinks, got {FLAGS.caches}")
+    if kind == "forever" and FLAGS.tokens < 2000:
+        raise ValueError(f"forever needs --tokens ≥ 2000 to say anything, got {FLAGS.tokens}")
+    result = {
+        "bench": kind,
+        "model": FLAGS.model,
+        "dtype": FLAGS.dtype,
+        **KINDS[kind](),
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+        "cpus": os.cpu_count(),
+        "python": platform.python_version(),
+    }
+    for name, value in result.items():
+        if isinstance(value, float):
+            print(f"{name:>28}  {value:.4g}", file=sys.stderr)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    define_flags()
+    run(main)
