@@ -2,18 +2,18 @@
 
 from collections.abc import Mapping
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from sinkjax.caches import LayerCaches, Policy
 from sinkjax.models.config import Config
-from sinkjax.models.layers import MLP, Attention, rms_norm
+from sinkjax.models.layers import MLP, Attention, matrix, rms_norm
 
 
 class Block(nnx.Module):
-    def __init__(self, config: Config, *, rngs: nnx.Rngs, dtype=jnp.float32):
+    def __init__(self, config: Config, *, rngs: nnx.Rngs | None, dtype=jnp.float32):
         self.eps = config.norm_eps
         self.attention_norm = nnx.Param(jnp.ones(config.hidden_size, dtype))
         self.attention = Attention(config, rngs=rngs, dtype=dtype)
@@ -31,21 +31,20 @@ class Decoder(nnx.Module):
 
     Args:
         config: its sizes.
-        rngs: for random weights; `Decoder.from_weights` takes those of a checkpoint instead.
+        rngs: for random weights; None: zeros. `Decoder.from_weights` takes those of a checkpoint.
         dtype: of parameters and activations. Norms, softmax and logits are float32 regardless.
     """
 
-    def __init__(self, config: Config, *, rngs: nnx.Rngs, dtype=jnp.float32):
+    def __init__(self, config: Config, *, rngs: nnx.Rngs | None, dtype=jnp.float32):
         self.config = config
         shape = (config.vocab_size, config.hidden_size)
-        self.embed = nnx.Param(jax.random.normal(rngs.params(), shape, dtype))
+        self.embed = matrix(rngs, shape, dtype, fan_in=1)
         self.blocks = nnx.List(
             [Block(config, rngs=rngs, dtype=dtype) for _ in range(config.layers)]
         )
         self.norm = nnx.Param(jnp.ones(config.hidden_size, dtype))
         if not config.tied_embeddings:
-            scale = config.hidden_size**-0.5
-            self.head = nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * scale)
+            self.head = matrix(rngs, shape, dtype, fan_in=config.hidden_size)
 
     def __call__(
         self,
@@ -97,7 +96,7 @@ class Decoder(nnx.Module):
     @classmethod
     def abstract(cls, config: Config, dtype=jnp.float32) -> "Decoder":
         """A decoder of shapes and dtypes, without weights."""
-        return nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0), dtype=dtype))
+        return nnx.eval_shape(lambda: cls(config, rngs=None, dtype=dtype))
 
     @classmethod
     def from_weights(
@@ -123,7 +122,7 @@ class Decoder(nnx.Module):
                 wrong.append(
                     f"misshapen: {name} is {weights[name].shape}, expected {wanted[name].shape}"
                 )
-            elif not jnp.isfinite(jnp.sum(jnp.abs(jnp.asarray(weights[name], jnp.float32)))):
+            elif not np.isfinite(np.sum(np.asarray(weights[name], np.float32), dtype=np.float64)):
                 wrong.append(f"not finite: {name} holds NaN or infinity")
         if wrong:
             listed = "\n  ".join(sorted(wrong))

@@ -16,18 +16,21 @@ def rms_norm(x: Float[Array, "... E"], weight: Float[Array, " E"], eps: float) -
     return (y * weight.astype(jnp.float32)).astype(x.dtype)
 
 
-def _matrix(rngs: nnx.Rngs, rows: int, columns: int, dtype) -> nnx.Param:
-    return nnx.Param(jax.random.normal(rngs.params(), (rows, columns), dtype) * rows**-0.5)
+def matrix(rngs: nnx.Rngs | None, shape: tuple[int, int], dtype, *, fan_in: int) -> nnx.Param:
+    """Random weights, or zeros where there is nothing to draw from."""
+    if rngs is None:
+        return nnx.Param(jnp.zeros(shape, dtype))
+    return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * fan_in**-0.5)
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: Config, *, rngs: nnx.Rngs, dtype=jnp.float32):
+    def __init__(self, config: Config, *, rngs: nnx.Rngs | None, dtype=jnp.float32):
         E, D = config.hidden_size, config.head_dim
         self.config = config
-        self.q = _matrix(rngs, E, config.heads * D, dtype)
-        self.k = _matrix(rngs, E, config.kv_heads * D, dtype)
-        self.v = _matrix(rngs, E, config.kv_heads * D, dtype)
-        self.out = _matrix(rngs, config.heads * D, E, dtype)
+        self.q = matrix(rngs, (E, config.heads * D), dtype, fan_in=E)
+        self.k = matrix(rngs, (E, config.kv_heads * D), dtype, fan_in=E)
+        self.v = matrix(rngs, (E, config.kv_heads * D), dtype, fan_in=E)
+        self.out = matrix(rngs, (config.heads * D, E), dtype, fan_in=config.heads * D)
         if config.qkv_bias:
             self.q_bias = nnx.Param(jnp.zeros(config.heads * D, dtype))
             self.k_bias = nnx.Param(jnp.zeros(config.kv_heads * D, dtype))
@@ -57,10 +60,19 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """The gated unit of Llama: down(silu(gate x) · up x)."""
 
-    def __init__(self, config: Config, *, rngs: nnx.Rngs, dtype=jnp.float32):
-        self.gate = _matrix(rngs, config.hidden_size, config.intermediate_size, dtype)
-        self.up = _matrix(rngs, config.hidden_size, config.intermediate_size, dtype)
-        self.down = _matrix(rngs, config.intermediate_size, config.hidden_size, dtype)
+    def __init__(self, config: Config, *, rngs: nnx.Rngs | None, dtype=jnp.float32):
+        self.gate = matrix(
+            rngs, (config.hidden_size, config.intermediate_size), dtype, fan_in=config.hidden_size
+        )
+        self.up = matrix(
+            rngs, (config.hidden_size, config.intermediate_size), dtype, fan_in=config.hidden_size
+        )
+        self.down = matrix(
+            rngs,
+            (config.intermediate_size, config.hidden_size),
+            dtype,
+            fan_in=config.intermediate_size,
+        )
 
     def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
         return (jax.nn.silu(x @ self.gate[...]) * (x @ self.up[...])) @ self.down[...]
