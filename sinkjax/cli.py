@@ -1,0 +1,49 @@
+"""How a command runs: flags in, one clear line where something is wrong with the input."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from absl import app, flags
+
+
+def run(main: Callable[[list[str]], None]) -> NoReturn:
+    """Parses the flags, calls `main` with the other arguments, and exits.
+
+    A usage error, a ValueError or an OSError ends as one message on stderr and exit code 2; any
+    other exception is a bug, and keeps its traceback. Define flags under
+    `if __name__ == "__main__":`, so that commands that share a name can be imported together.
+
+    Args:
+        main: takes the positional arguments; raises `app.UsageError` where they are wrong.
+    """
+
+    def parse(argv: list[str]) -> list[str]:
+        try:
+            rest = flags.FLAGS(argv)
+        except flags.Error as error:
+            _fail(f"{error} (--help lists the flags)")
+        verbosity = flags.FLAGS["verbosity"]
+        if verbosity.using_default_value:  # absl would show whatever libraries log
+            verbosity.value, verbosity.using_default_value = -1, False
+        return rest
+
+    def guarded(argv: list[str]) -> None:
+        try:
+            main(argv[1:])
+            sys.stdout.flush()
+        except BrokenPipeError:  # the reader, such as `head`, has enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except (app.UsageError, ValueError, OSError) as error:
+            _fail(str(error))
+        except KeyboardInterrupt:
+            sys.exit(130)
+
+    app.run(guarded, flags_parser=parse)
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"{Path(sys.argv[0]).stem}: {message}", file=sys.stderr)
+    sys.exit(2)
