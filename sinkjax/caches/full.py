@@ -5,6 +5,7 @@ from typing import Self
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.sink_attention import Segment, sink_attention
@@ -41,7 +42,9 @@ class FullCache:
                 "Give it a larger capacity, or stream without end with SinkRing(sinks, window)."
             )
 
-    def init(self, *, batch: int, kv_heads: int, head_dim: int, dtype=jnp.float32) -> "DenseCache":
+    def init(
+        self, *, batch: int, kv_heads: int, head_dim: int, dtype: DTypeLike = jnp.float32
+    ) -> "DenseCache":
         """An empty cache of `[batch, kv_heads, capacity, head_dim]` keys and values."""
         check_init(batch, kv_heads, head_dim)
         shape = (batch, kv_heads, self.capacity, head_dim)

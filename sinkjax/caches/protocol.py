@@ -6,10 +6,11 @@ frozen pytree of fixed shape for one layer, whose one verb is `attend`.
 
 import dataclasses
 from collections.abc import Iterable, Iterator
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32, UInt32
 
 
@@ -40,9 +41,10 @@ class Clock:
 
 
 class Cache(Protocol):
-    """What one layer remembers. Frozen; `attend` returns the next state, of the same shapes."""
+    """What one layer remembers: a frozen dataclass with a field `clock: Clock`, and one verb."""
 
-    clock: Clock
+    @property
+    def clock(self) -> Clock: ...
 
     def attend(
         self,
@@ -80,7 +82,7 @@ class Policy(Protocol):
         ...
 
     def init(
-        self, *, batch: int, kv_heads: int, head_dim: int, dtype: jnp.dtype = ...
+        self, *, batch: int, kv_heads: int, head_dim: int, dtype: DTypeLike = ...
     ) -> Cache: ...
 
     def check(self, tokens: int) -> None:
@@ -103,7 +105,7 @@ class LayerCaches:
     @classmethod
     def of(cls, caches: Iterable[Cache]) -> Self:
         caches = tuple(caches)
-        return cls(tuple(dataclasses.replace(c, clock=None) for c in caches), caches[0].clock)
+        return cls(tuple(_with_clock(c, None) for c in caches), caches[0].clock)
 
     @classmethod
     def init(
@@ -114,7 +116,7 @@ class LayerCaches:
         batch: int,
         kv_heads: int,
         head_dim: int,
-        dtype=jnp.float32,
+        dtype: DTypeLike = jnp.float32,
     ) -> Self:
         return cls.of(
             policy.init(batch=batch, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype)
@@ -122,7 +124,11 @@ class LayerCaches:
         )
 
     def __iter__(self) -> Iterator[Cache]:
-        return (dataclasses.replace(c, clock=self.clock) for c in self.layers)
+        return (_with_clock(c, self.clock) for c in self.layers)
+
+
+def _with_clock(cache: Any, clock: Clock | None) -> Any:
+    return dataclasses.replace(cache, clock=clock)
 
 
 def rotated(positions: Positions | None, x: Array, at: Array) -> Array:

@@ -5,6 +5,7 @@ from typing import Literal, Self
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.sink_attention import Segment, sink_attention
@@ -48,7 +49,9 @@ class SinkRing:
     def check(self, tokens: int) -> None:
         pass  # a ring takes any number of tokens
 
-    def init(self, *, batch: int, kv_heads: int, head_dim: int, dtype=jnp.float32) -> "RingCache":
+    def init(
+        self, *, batch: int, kv_heads: int, head_dim: int, dtype: DTypeLike = jnp.float32
+    ) -> "RingCache":
         """An empty ring of `[batch, kv_heads, sinks + window, head_dim]` keys and values."""
         check_init(batch, kv_heads, head_dim)
         shape = (batch, kv_heads, self.capacity, head_dim)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -97,9 +98,9 @@ class LanguageModel:
     ) -> StreamState:
         """The state of a fresh stream, one row a seed."""
         sampling = sampling or Sampling()
-        return StreamState.init(self.model, policy, sampling, np.asarray(seeds, np.uint32))
+        return StreamState.init(self.model, policy, sampling, jnp.asarray(seeds, jnp.uint32))
 
-    def check_tokens(self, tokens: Sequence[int] | Array) -> np.ndarray:
+    def check_tokens(self, tokens: Sequence[int] | np.ndarray | Array) -> np.ndarray:
         """The ids as int32. Raises ValueError where one is no id of this model's vocabulary."""
         ids = np.asarray(tokens)
         if ids.size and not np.issubdtype(ids.dtype, np.integer):
@@ -164,7 +165,7 @@ class LanguageModel:
 class Compiled:
     """A jitted function of a model, its weights bound."""
 
-    jitted: Callable
+    jitted: Any  # jax names no type for it
     leaves: list[Array]
 
     def __call__(self, *args, **kwargs):
@@ -182,7 +183,7 @@ class Compiled:
 
 def nll(
     lm: LanguageModel,
-    token_ids: Sequence[int] | Int[Array, " N"],
+    token_ids: Sequence[int] | Int[np.ndarray, " N"] | Int[Array, " N"],
     *,
     cache: Policy,
     chunk: int = CHUNK,
@@ -204,12 +205,14 @@ def nll(
         `[N-1]`, float32, in nats.
 
     Raises:
-        ValueError: fewer than two tokens, an id out of range.
+        ValueError: fewer than two tokens, an id out of range, or chunk < 1.
         CacheFull: the text is longer than a `FullCache`.
     """
     ids = lm.check_tokens(token_ids)
     if ids.ndim != 1 or len(ids) < 2:
         raise ValueError(f"nll needs the ids of at least two tokens [N], got shape {ids.shape}")
+    if chunk < 1:
+        raise ValueError(f"chunk must be ≥ 1, got {chunk}")
     cache.check(len(ids) - 1)
     caches = lm.model.init_caches(cache)
     out = []

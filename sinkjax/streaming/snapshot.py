@@ -140,14 +140,14 @@ class Recorder:
     def save(self) -> None:
         """Writes a snapshot. A failure raises, and leaves the one before as it was."""
         stream = self.stream
-        for file in self._texts:
-            file.flush()
-            os.fsync(file.fileno())
+        for text in self._texts:
+            text.flush()
+            os.fsync(text.fileno())
         host = dict(
             format=_FORMAT,
             model=self._fingerprint,
             settings=self._settings.to_json(),
-            text_bytes=[file.tell() for file in self._texts],
+            text_bytes=[text.tell() for text in self._texts],
             rows=[_row_to_json(row) for row in stream.rows],
         )
         tokens = sum(row.tokens for row in stream.rows)

@@ -32,14 +32,16 @@ class StreamState:
     done: Array
 
     @classmethod
-    def init(cls, model: Decoder, policy: Policy, sampling: Sampling, seeds: Array) -> Self:
+    def init(
+        cls, model: Decoder, policy: Policy, sampling: Sampling, seeds: UInt32[Array, " B"]
+    ) -> Self:
         batch = len(seeds)
         caches = model.init_caches(policy, batch=batch)
         return cls(
             caches,
             jnp.zeros((batch, model.config.hidden_size), model.embed[...].dtype),
             jnp.full((batch, sampling.memory), -1, jnp.int32),
-            jnp.asarray(seeds, jnp.uint32),
+            seeds,
             jnp.zeros(batch, bool),
         )
 

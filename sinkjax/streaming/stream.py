@@ -79,7 +79,8 @@ class Stream:
     ):
         from sinkjax.streaming.language_model import CHUNK
 
-        for name, value in dict(steps_per_call=steps_per_call, chunk=chunk or 1).items():
+        chunk = CHUNK if chunk is None else chunk
+        for name, value in dict(steps_per_call=steps_per_call, chunk=chunk).items():
             if value < 1:
                 raise ValueError(f"{name} must be ≥ 1, got {value}")
         if not seeds or any(not 0 <= s < 2**32 for s in seeds):
@@ -87,7 +88,7 @@ class Stream:
         self.lm, self.cache, self.sampling = lm, cache, sampling
         self.seeds, self.stop = tuple(seeds), tuple(stop)
         self.ignore_eos = ignore_eos
-        self.steps_per_call, self.chunk = steps_per_call, chunk or CHUNK
+        self.steps_per_call, self.chunk = steps_per_call, chunk
         self.reset()
 
     def reset(self) -> None:
@@ -152,7 +153,7 @@ class Stream:
             raise ValueError(f"max_tokens must be ≥ 0 (0: for ever), got {max_tokens}")
         left = max_tokens
         while not all(row.ended for row in self.rows):
-            limit = min(self.steps_per_call, left or self.steps_per_call)
+            limit = min(self.steps_per_call, left) if max_tokens else self.steps_per_call
             limit = self._that_fit(limit)
             self.state, drawn = self.lm.decode(
                 self.state,

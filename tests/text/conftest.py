@@ -1,12 +1,12 @@
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 from tokenizers.pre_tokenizers import ByteLevel
 
+from sinkjax.checkpoints.builtin import fetch_model
+from sinkjax.checkpoints.gguf import GGUFFile
 from sinkjax.text.tokenizer import Tokenizer
 
 REFERENCE = Path(__file__).parents[1] / "data" / "tokenizer_reference.json"
@@ -21,11 +21,8 @@ def reference() -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def smollm2_gguf_metadata() -> dict[str, Any]:
     """The tokenizer's part of the GGUF file of SmolLM2-135M-Instruct."""
-    path = os.environ.get("SINKJAX_TEST_GGUF")
-    if path is None:
-        pytest.skip("SINKJAX_TEST_GGUF does not name the GGUF file of SmolLM2-135M-Instruct")
-    fields = gguf.GGUFReader(path).fields
-    return {key: field.contents() for key, field in fields.items() if key.startswith("tokenizer.")}
+    metadata = GGUFFile(fetch_model("smollm2-135m-instruct")).metadata
+    return {key: value for key, value in metadata.items() if key.startswith("tokenizer.")}
 
 
 @pytest.fixture(scope="session")
