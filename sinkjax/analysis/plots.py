@@ -1,0 +1,124 @@
+"""Curves against the position in a stream."""
+
+from collections.abc import Mapping
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
+from numpy.typing import ArrayLike
+
+from sinkjax.analysis.perplexity import Curve, bucketed
+from sinkjax.analysis.streameval import Recall
+
+# Okabe and Ito's colours, which everybody can tell apart.
+_COLORS = {
+    "dense": "#E69F00",
+    "window": "#D55E00",
+    "recompute": "#009E73",
+    "streaming": "#0072B2",
+}
+
+
+def plot_curves(
+    curves: Mapping[str, Curve],
+    *,
+    bucket: int = 1024,
+    trained_context: int | None = None,
+    ax: Axes | None = None,
+) -> Figure:
+    """Draws perplexity against position, one line a mode (StreamingLLM, figure 3).
+
+    A mode that scored samples alone is drawn with `streaming`, if that is there, as its guide (see
+    `bucketed`).
+
+    Args:
+        curves: from `perplexity_curves`.
+        bucket: tokens that each point stands for.
+        trained_context: marked where the text is long enough to pass it.
+        ax: where to draw; None: a new figure.
+
+    Returns:
+        The figure that was drawn on.
+
+    Raises:
+        ValueError: bucket < 1.
+    """
+    ax = _axes(ax, "position in the text (tokens)", f"perplexity per {bucket:,} tokens")
+    longest = max(len(curve.nll) for curve in curves.values())
+    seen: list[float] = []
+    for mode, curve in curves.items():
+        guide, label = None, mode
+        if len(curve.nll) < longest:
+            guide, label = curves.get("streaming"), f"{mode} ({len(curve.nll):,} samples)"
+        x, y = bucketed(curve, bucket, guide)
+        _line(ax, mode, x, y, label)
+        seen += list(y[np.isfinite(y)])
+    if trained_context and trained_context < max(c.positions[-1] for c in curves.values()):
+        _mark(ax, trained_context, "trained context")
+    ax.set_yscale("log", base=2)
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
+    ax.yaxis.set_minor_locator(NullLocator())
+    if seen:  # whole octaves: else a flat curve lies between two ticks
+        low, high = np.floor(np.log2(min(seen))), np.ceil(np.log2(max(seen)))
+        ax.set_ylim(2.0**low, 2.0 ** max(high, low + 1))
+    return _finished(ax)
+
+
+def plot_recall(
+    results: Mapping[str, Recall],
+    *,
+    bucket: int = 1024,
+    capacity: int | None = None,
+    ax: Axes | None = None,
+) -> Figure:
+    """Draws accuracy against the length of the stream (StreamingLLM, figure 9).
+
+    Args:
+        results: from `stream_recall`.
+        bucket: tokens that each point stands for.
+        capacity: where the caches are full; marked.
+        ax: where to draw; None: a new figure.
+
+    Returns:
+        The figure that was drawn on.
+
+    Raises:
+        ValueError: bucket < 1.
+    """
+    ax = _axes(ax, "length of the stream (tokens)", "accuracy")
+    for mode, recall in results.items():
+        parts = recall.buckets(bucket)
+        x = [part.tokens.mean() for part in parts]
+        _line(ax, mode, x, [part.accuracy for part in parts], mode)
+    if capacity:
+        _mark(ax, capacity, "cache full")
+    ax.set_ylim(-0.03, 1.03)
+    return _finished(ax)
+
+
+def _axes(ax: Axes | None, x: str, y: str) -> Axes:
+    # Not through pyplot: it would keep every figure, and choose a screen.
+    ax = ax or Figure(figsize=(7.2, 4), dpi=200, layout="constrained").add_subplot()
+    ax.set_xlabel(x)
+    ax.set_ylabel(y)
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    ax.grid(alpha=0.25)
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
+def _line(ax: Axes, mode: str, x: ArrayLike, y: ArrayLike, label: str) -> None:
+    ax.plot(x, y, label=label, color=_COLORS.get(mode), marker="o", markersize=3, linewidth=1.8)
+
+
+def _mark(ax: Axes, x: int, label: str) -> None:
+    ax.axvline(x, label=f"{label} ({x:,})", color="0.4", linestyle=":", linewidth=1.4)
+
+
+def _finished(ax: Axes) -> Figure:
+    ax.set_xlim(left=0)
+    ax.legend(frameon=False)
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    return figure
