@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from flax import nnx
 
 from sinkjax.checkpoints.safetensors import read_json
 from sinkjax.models import Config, Decoder
@@ -116,7 +115,7 @@ def save_model(
     check_new(path)
 
     def write(new: Path) -> None:
-        save_tree(new / "weights", _weights(model))
+        save_tree(new / "weights", model.weights())
         if tokenizer is not None:
             tokenizer.save(new)
         manifest = {"format": _FORMAT, "config": config.to_json()}
@@ -149,16 +148,11 @@ def load_model(path: str | Path, dtype=jnp.float32) -> tuple[Config, Decoder, To
         config = Config.from_json(manifest["config"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path / MANIFEST} holds no config: {error}") from error
-    weights = restore_tree(path / "weights", _weights(Decoder.abstract(config, dtype)))
+    weights = restore_tree(path / "weights", Decoder.shapes(config, dtype))
     tokenizer = None
     if (file := path / "tokenizer.json").is_file():
         tokenizer = Tokenizer.from_file(file)
     return config, Decoder.from_weights(config, weights, dtype), tokenizer
-
-
-def _weights(model: Decoder) -> dict[str, Any]:
-    flat = nnx.to_flat_state(nnx.state(model))
-    return {".".join(map(str, path)): leaf.get_value() for path, leaf in flat}
 
 
 def _named(tree: Any) -> dict[str, Any]:

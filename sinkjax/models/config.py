@@ -56,6 +56,17 @@ class Config:
     def rotary(self) -> Rotary:
         return Rotary(self.head_dim, self.rope_base, self.rope_scaling)
 
+    @property
+    def fused(self) -> dict[str, dict[str, int]]:
+        """The parameters that hold several matrices side by side, and the width of each: one wide
+        product runs faster than some narrow ones (8% of a step of SmolLM2 on a CPU)."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "qkv": {"q": q, "k": kv, "v": kv},
+            "qkv_bias": {"q_bias": q, "k_bias": kv, "v_bias": kv},
+            "gate_up": {"gate": self.intermediate_size, "up": self.intermediate_size},
+        }
+
     def to_json(self) -> dict:
         """A dict of plain values; `from_json` gives the config back."""
         return dataclasses.asdict(self)

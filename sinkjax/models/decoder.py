@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -93,10 +94,21 @@ class Decoder(nnx.Module):
             dtype=self.embed[...].dtype,
         )
 
+    def weights(self) -> dict[str, Array]:
+        """The weights by name, as `from_weights` takes them."""
+        named = {}
+        for path, leaf in nnx.to_flat_state(nnx.state(self)):
+            *parents, last = map(str, path)
+            parts = self.config.fused.get(last, {last: 0})
+            splits = np.cumsum(list(parts.values()))[:-1]
+            for part, array in zip(parts, jnp.split(leaf[...], splits, axis=-1), strict=True):
+                named[".".join([*parents, part])] = array
+        return named
+
     @classmethod
-    def abstract(cls, config: Config, dtype=jnp.float32) -> "Decoder":
-        """A decoder of shapes and dtypes, without weights."""
-        return nnx.eval_shape(lambda: cls(config, rngs=None, dtype=dtype))
+    def shapes(cls, config: Config, dtype=jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
+        """What `from_weights` expects, by name."""
+        return jax.eval_shape(lambda: cls(config, rngs=None, dtype=dtype).weights())
 
     @classmethod
     def from_weights(
@@ -106,15 +118,15 @@ class Decoder(nnx.Module):
 
         Args:
             config: its sizes.
-            weights: by dotted path, such as `blocks.0.attention.q` `[E, H·D]` (the second axis
-                of every matrix is its output, but for `embed` and `head`, `[V, E]`).
+            weights: by dotted name, such as `blocks.0.attention.q` `[E, H·D]` (the second axis
+                of every matrix is its output, but for `embed` and `head`, `[V, E]`). What the
+                decoder keeps fused (`Config.fused`) is named by its parts.
             dtype: that the weights are cast to.
 
         Raises:
             ValueError: weights are missing, surplus, misshapen or not finite: all are listed.
         """
-        graph, abstract = nnx.split(cls.abstract(config, dtype))
-        wanted = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(abstract)}
+        wanted = cls.shapes(config, dtype)
         wrong = [f"missing: {name}" for name in wanted if name not in weights]
         wrong += [f"surplus: {name}" for name in weights if name not in wanted]
         for name in wanted.keys() & weights.keys():
@@ -127,8 +139,11 @@ class Decoder(nnx.Module):
         if wrong:
             listed = "\n  ".join(sorted(wrong))
             raise ValueError(f"these weights do not make a {config.family} decoder:\n  {listed}")
-        leaves = {
-            path: leaf.replace(jnp.asarray(weights[".".join(map(str, path))], dtype))
-            for path, leaf in nnx.to_flat_state(abstract)
-        }
+        graph, abstract = nnx.split(nnx.eval_shape(lambda: cls(config, rngs=None, dtype=dtype)))
+        leaves = {}
+        for path, leaf in nnx.to_flat_state(abstract):
+            *parents, last = map(str, path)
+            parts = [weights[".".join([*parents, p])] for p in config.fused.get(last, [last])]
+            whole = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+            leaves[path] = leaf.replace(jnp.asarray(whole, dtype))
         return nnx.merge(graph, nnx.from_flat_state(leaves))

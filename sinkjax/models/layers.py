@@ -26,15 +26,12 @@ def matrix(rngs: nnx.Rngs | None, shape: tuple[int, int], dtype, *, fan_in: int)
 class Attention(nnx.Module):
     def __init__(self, config: Config, *, rngs: nnx.Rngs | None, dtype=jnp.float32):
         E, D = config.hidden_size, config.head_dim
+        width = sum(config.fused["qkv"].values())
         self.config = config
-        self.q = matrix(rngs, (E, config.heads * D), dtype, fan_in=E)
-        self.k = matrix(rngs, (E, config.kv_heads * D), dtype, fan_in=E)
-        self.v = matrix(rngs, (E, config.kv_heads * D), dtype, fan_in=E)
+        self.qkv = matrix(rngs, (E, width), dtype, fan_in=E)
         self.out = matrix(rngs, (config.heads * D, E), dtype, fan_in=config.heads * D)
         if config.qkv_bias:
-            self.q_bias = nnx.Param(jnp.zeros(config.heads * D, dtype))
-            self.k_bias = nnx.Param(jnp.zeros(config.kv_heads * D, dtype))
-            self.v_bias = nnx.Param(jnp.zeros(config.kv_heads * D, dtype))
+            self.qkv_bias = nnx.Param(jnp.zeros(width, dtype))
         if config.out_bias:
             self.out_bias = nnx.Param(jnp.zeros(E, dtype))
         if config.qk_norm:
@@ -45,10 +42,11 @@ class Attention(nnx.Module):
         self, x: Float[Array, "B T E"], cache: Cache, lengths: Int32[Array, " B"] | None
     ) -> tuple[Float[Array, "B T E"], Cache]:
         c = self.config
-        q, k, v = x @ self.q[...], x @ self.k[...], x @ self.v[...]
+        y = x @ self.qkv[...]
         if c.qkv_bias:
-            q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
-        q, k, v = (y.reshape(*x.shape[:2], -1, c.head_dim) for y in (q, k, v))
+            y = y + self.qkv_bias[...]
+        y = y.reshape(*x.shape[:2], -1, c.head_dim)
+        q, k, v = jnp.split(y, [c.heads, c.heads + c.kv_heads], axis=2)
         if c.qk_norm:
             q = rms_norm(q, self.q_norm[...], c.norm_eps)
             k = rms_norm(k, self.k_norm[...], c.norm_eps)
@@ -61,18 +59,10 @@ class MLP(nnx.Module):
     """The gated unit of Llama: down(silu(gate x) · up x)."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs | None, dtype=jnp.float32):
-        self.gate = matrix(
-            rngs, (config.hidden_size, config.intermediate_size), dtype, fan_in=config.hidden_size
-        )
-        self.up = matrix(
-            rngs, (config.hidden_size, config.intermediate_size), dtype, fan_in=config.hidden_size
-        )
-        self.down = matrix(
-            rngs,
-            (config.intermediate_size, config.hidden_size),
-            dtype,
-            fan_in=config.intermediate_size,
-        )
+        E, F = config.hidden_size, config.intermediate_size
+        self.gate_up = matrix(rngs, (E, 2 * F), dtype, fan_in=E)
+        self.down = matrix(rngs, (F, E), dtype, fan_in=F)
 
     def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
-        return (jax.nn.silu(x @ self.gate[...]) * (x @ self.up[...])) @ self.down[...]
+        gate, up = jnp.split(x @ self.gate_up[...], 2, axis=-1)
+        return (jax.nn.silu(gate) * up) @ self.down[...]

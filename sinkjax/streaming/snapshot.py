@@ -187,7 +187,7 @@ def saved_settings(folder: str | os.PathLike[str]) -> Settings:
     Raises:
         ValueError: there is no saved stream, or one of another format.
     """
-    return Settings.from_json(_read(_newest(pathlib.Path(folder)))["settings"])
+    return _read(_newest(pathlib.Path(folder)))[1]
 
 
 def resume(
@@ -210,13 +210,12 @@ def resume(
     """
     folder = pathlib.Path(folder)
     newest = _newest(folder)
-    host = _read(newest)
+    host, settings = _read(newest)
     if host["model"] != lm.fingerprint():
         raise ValueError(
             f"the stream in {folder} belongs to another model than {lm.name} (their weights or "
             "sizes differ): resume it with the model, and the dtype, that it was started with"
         )
-    settings = Settings.from_json(host["settings"])
     stream = settings.new_stream(lm, steps_per_call=steps_per_call)
     sharding = sharding or SingleDeviceSharding(jax.devices()[0])
     fresh, treedef = jax.tree.flatten(stream.state)
@@ -277,14 +276,15 @@ def _newest(folder: pathlib.Path) -> pathlib.Path:
     return found[-1]
 
 
-def _read(snapshot: pathlib.Path) -> dict:
+def _read(snapshot: pathlib.Path) -> tuple[dict, Settings]:
+    """What the host knew, and of it the settings."""
     try:
         host = json.loads((snapshot / "stream.json").read_text())
         if host["format"] != _FORMAT:
             raise ValueError(f"format {host['format']}, expected {_FORMAT}")
-    except (OSError, KeyError, ValueError) as error:
+        return host, Settings.from_json(host["settings"])
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{snapshot} is not a saved stream: {error}") from error
-    return host
 
 
 def _sync(folder: pathlib.Path) -> None:
