@@ -34,6 +34,10 @@ class FullCache:
     def reach(self) -> int:
         return self.capacity
 
+    @property
+    def limit(self) -> int:
+        return self.capacity
+
     def check(self, tokens: int) -> None:
         """Raises `CacheFull` where a row would hold more than `capacity` tokens."""
         if tokens > self.capacity:
@@ -87,12 +91,7 @@ class DenseCache:
             keys, values = write_one(self.k, k, ticks), write_one(self.v, v, ticks)
         else:
             by = jnp.full(B, T, jnp.int32) if lengths is None else lengths
-            source = slots - ticks[:, None]
-            lands = (source >= 0) & (source < by[:, None])
-            keys, values = (
-                write_chunk(self.k, k, source, lands),
-                write_chunk(self.v, v, source, lands),
-            )
+            keys, values = (_write_span(self.k, k, ticks, by), _write_span(self.v, v, ticks, by))
         overfull = ticks + by > self.policy.capacity
         if not isinstance(overfull, jax.core.Tracer):
             self.policy.check(int(jnp.max(ticks + by)))
@@ -100,3 +99,17 @@ class DenseCache:
         out = jnp.where(overfull[:, None, None, None], jnp.nan, out)
         clock = Clock(ticks + by, self.clock.position + by.astype(jnp.uint32))
         return out, dataclasses.replace(self, k=keys, v=values, clock=clock)
+
+
+def _write_span(buffer: Array, new: Array, at: Array, lengths: Array) -> Array:
+    """Puts the first `lengths[b]` of T new tokens into slots `at[b]` and on, touching no others."""
+    T = min(new.shape[1], buffer.shape[2])
+    for row in range(buffer.shape[0]):
+        # The span of T slots that holds them all, even where they are the last of the cache.
+        start = jnp.minimum(at[row], buffer.shape[2] - T)
+        old = jax.lax.dynamic_slice_in_dim(buffer[row : row + 1], start, T, axis=2)
+        source = start + jnp.arange(T) - at[row]
+        lands = (source >= 0) & (source < lengths[row])
+        span = write_chunk(old, new[row : row + 1], source[None], lands[None])
+        buffer = jax.lax.dynamic_update_slice(buffer, span, (row, 0, start, 0))
+    return buffer

@@ -85,8 +85,13 @@ class Policy(Protocol):
         self, *, batch: int, kv_heads: int, head_dim: int, dtype: DTypeLike = ...
     ) -> Cache: ...
 
+    @property
+    def limit(self) -> int | None:
+        """The most tokens that a row can ever take in; None: any number."""
+        ...
+
     def check(self, tokens: int) -> None:
-        """Raises where a row of `tokens` tokens, counted on the host, is more than it takes."""
+        """Raises `CacheFull` where a row of so many tokens, counted on the host, does not fit."""
         ...
 
 

@@ -46,8 +46,12 @@ class SinkRing:
     def reach(self) -> int:
         return self.window
 
+    @property
+    def limit(self) -> None:
+        return None
+
     def check(self, tokens: int) -> None:
-        pass  # a ring takes any number of tokens
+        """A ring takes any number of tokens."""
 
     def init(
         self, *, batch: int, kv_heads: int, head_dim: int, dtype: DTypeLike = jnp.float32

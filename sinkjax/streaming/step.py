@@ -87,8 +87,7 @@ def decode(
 
     Returns:
         The state, and the tokens; −1 where none was drawn: after the end, and in rows that were
-        done before. Rows that are done while others go on keep marching, on tokens that nobody
-        sees.
+        done before. A row that is done stands still while others go on.
     """
 
     def step(carry):
@@ -104,11 +103,19 @@ def decode(
         drawn = drawn.at[i].set(jnp.where(state.done, -1, token))
         hidden, caches = model(token[:, None], state.caches)
         stopped = jnp.isin(token, jnp.asarray(stop_tokens, jnp.int32))
+
+        def unless_done(new, old):
+            return jnp.where(state.done.reshape(-1, *[1] * (new.ndim - 1)), old, new)
+
+        # A row that is done stands still: what it wrote lies in the slot of its next token, which
+        # no query sees before that token overwrites it.
+        clock = jax.tree.map(unless_done, caches.clock, state.caches.clock)
+        recent = _remembered(state.recent, token[:, None], jnp.ones_like(token))
         state = dataclasses.replace(
             state,
-            caches=caches,
-            hidden=hidden[:, 0],
-            recent=_remembered(state.recent, token[:, None], jnp.ones_like(token)),
+            caches=dataclasses.replace(caches, clock=clock),
+            hidden=unless_done(hidden[:, 0], state.hidden),
+            recent=unless_done(recent, state.recent),
             done=state.done | stopped,
         )
         return i + 1, state, drawn

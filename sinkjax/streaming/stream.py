@@ -153,8 +153,8 @@ class Stream:
             raise ValueError(f"max_tokens must be ≥ 0 (0: for ever), got {max_tokens}")
         left = max_tokens
         while not all(row.ended for row in self.rows):
-            limit = min(self.steps_per_call, left) if max_tokens else self.steps_per_call
-            limit = self._that_fit(limit)
+            wanted = min(self.steps_per_call, left) if max_tokens else self.steps_per_call
+            limit = self._that_fit(wanted)
             self.state, drawn = self.lm.decode(
                 self.state,
                 jnp.int32(limit),
@@ -172,14 +172,8 @@ class Stream:
 
     def _that_fit(self, limit: int) -> int:
         longest = max(row.tokens for row in self.rows if not row.ended)
-        while limit > 1:
-            try:
-                self.cache.check(longest + limit)
-                return limit
-            except ValueError:
-                limit -= 1
         self.cache.check(longest + 1)
-        return 1
+        return limit if self.cache.limit is None else min(limit, self.cache.limit - longest)
 
     def _outputs(self, drawn: np.ndarray, *, last: bool) -> list[Output]:
         outputs = []
