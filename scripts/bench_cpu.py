@@ -25,7 +25,7 @@ FIGURES = ("decode_tokens_per_s", "prefill_tokens_per_s")
 
 
 def measured(command: list[str]) -> dict:
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])

@@ -21,6 +21,7 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -219,7 +220,6 @@ def onnxruntime_genai_peer(args: argparse.Namespace) -> Peer:
 
 def _build_onnx(folder: Path) -> None:
     import subprocess
-    import sys
 
     builder = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
     where = ["-i", str(checkpoint()), "-o", str(folder), "-c", str(folder / "cache")]
@@ -240,20 +240,26 @@ PEERS: dict[str, list[Callable[[argparse.Namespace], Peer]]] = {
 }
 
 
-def seconds_to_end(tokens: Iterator[int]) -> float:
-    start = time.perf_counter()
+def time_to_end(tokens: Iterator[int]) -> tuple[float, float]:
+    """Wall seconds, and processor seconds of this process for each of them."""
+    wall, busy = time.perf_counter(), time.process_time()
     for _ in tokens:
         pass
-    return time.perf_counter() - start
+    seconds = time.perf_counter() - wall
+    return seconds, (time.process_time() - busy) / seconds
 
 
 def measure(peer: Peer, ids: list[int], args: argparse.Namespace) -> dict[str, Any]:
-    prefill, decode = [], []
+    prefill, decode, cores = [], [], []
     for _ in range(args.repeats + 1):
-        prefill.append(seconds_to_end(peer.stream(ids[: args.prefill], 0)))
+        prefill.append(time_to_end(peer.stream(ids[: args.prefill], 0))[0])
         tokens = peer.stream(ids[: peer.prompt], args.tokens)
         next(tokens)  # the prompt
-        decode.append(seconds_to_end(tokens))
+        seconds, busy = time_to_end(tokens)
+        decode.append(seconds)
+        cores.append(busy)
+        line = f"prefill {prefill[-1]:.2f} s, decode {seconds:.2f} s on {busy:.2f} cores"
+        print(f"{peer.mode}: {line}", file=sys.stderr, flush=True)
     # The first pass warms up: allocations, thread pools, compilation.
     per_token = [1e3 * seconds / args.tokens for seconds in decode[1:]]
     median = statistics.median(per_token)
@@ -262,6 +268,8 @@ def measure(peer: Peer, ids: list[int], args: argparse.Namespace) -> dict[str, A
         "decode_tokens_per_s": round(1e3 / median, 2),
         "decode_ms_per_token": round(median, 2),
         "decode_ms_runs": [round(ms, 2) for ms in per_token],
+        # Well below the number of threads: others had the cores, or the process was paused.
+        "decode_cores_runs": [round(busy, 2) for busy in cores[1:]],
         "prefill_tokens_per_s": round(args.prefill / statistics.median(prefill[1:]), 1),
         "prefill_tokens_per_s_runs": [round(args.prefill / s, 1) for s in prefill[1:]],
         "greedy": list(peer.stream(ids[:64], 15)),
@@ -296,8 +304,6 @@ def main() -> None:
         "version": version(args.peer),
         "threads": args.threads,
         "cache": args.cache,
-        # Far above what this process itself adds, it says that the machine was not ours alone.
-        "load_average_1m": round(os.getloadavg()[0], 2),
         **modes[0],
     }
     if len(modes) > 1:

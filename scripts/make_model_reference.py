@@ -51,9 +51,9 @@ from transformers import PreTrainedTokenizerFast as Tokenizer
 
 DATA = Path(__file__).resolve().parent.parent / "tests" / "data"
 
-# 48 wide, 2 layers: some tens of kB a model. Rotary bases and scalings are those of the real models.
-# Epsilons are not, 1e-5 would not show in the logits; nor lengths, 16 positions of training against
-# 40 of text make a scaling matter.
+# 48 wide, 2 layers: some tens of kB a model. Rotary bases and scalings are like the real models'.
+# Epsilons are not: 1e-5 would not show in the logits. Nor are lengths: 16 positions of training
+# against 40 of text make a scaling matter.
 TINY: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 48,

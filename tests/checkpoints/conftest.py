@@ -5,7 +5,6 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from safetensors.numpy import save_file
 
 from sinkjax.caches import FullCache
@@ -35,9 +34,8 @@ def hf_tensors():
         random = np.random.default_rng(0)
         table = {weight.path: weight for weight in FAMILIES[config.family].weights}
         tensors = {}
-        for path, leaf in nnx.to_flat_state(nnx.state(Decoder.abstract(config))):
-            layer = str(path[1]) if path[0] == "blocks" else None
-            name = ".".join(map(str, path))
+        for name, leaf in Decoder.shapes(config).items():
+            layer = name.split(".")[1] if name.startswith("blocks.") else None
             weight = table[name if layer is None else name.replace(layer, "{}", 1)]
             shape = leaf.shape[::-1] if weight.matrix else leaf.shape
             tensors[weight.hf.format(layer)] = random.normal(size=shape, scale=0.2).astype(
