@@ -1,5 +1,6 @@
 """The op in plain jax.numpy: its definition, and what runs where no kernel does."""
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -60,29 +61,25 @@ def sink_attention(
 
     q = grouped(q)
     q_sinks = None if q_sinks is None else grouped(q_sinks)
-    masks = jnp.concatenate([s.mask for s in segments], axis=-1)[:, None, None]
-    scores = jnp.concatenate([_scores(q, q_sinks, s) for s in segments], axis=-1)
-    scores = jnp.where(masks, scores, -jnp.inf)
-    peak = jnp.max(scores, axis=-1, keepdims=True)
-    weights = jnp.exp(scores - jnp.where(jnp.isfinite(peak), peak, 0.0))
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    out = jnp.zeros(q.shape, jnp.float32)
-    start = 0
-    for s in segments:
-        stop = start + s.k.shape[2]
-        out += _values(weights[..., start:stop], s.v)
-        start = stop
+    scores = [_scores(q, q_sinks, s) for s in segments]
+    peak = functools.reduce(jnp.maximum, (jnp.max(x, -1, keepdims=True) for x in scores))
+    peak = jnp.where(jnp.isfinite(peak), peak, 0.0)
+    weights = [jnp.exp(x - peak) for x in scores]
+    total = sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
+    out = sum(_values(w, s.v) for w, s in zip(weights, segments, strict=True))
     out = out / jnp.where(total > 0, total, 1.0)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H, D).astype(q.dtype)
 
 
 def _scores(q: Array, q_sinks: Array | None, s: Segment) -> Float[Array, "B Hkv G T C"]:
+    """Minus infinity where the mask hides a key."""
     scores = _dot(q, s.k)
-    if q_sinks is None or s.sinks is None or s.sinks.shape[1] == 0:
-        return scores
-    S = s.sinks.shape[1]
-    first = jnp.where(s.sinks[:, None, None, None], _dot(q_sinks, s.k[:, :, :S]), scores[..., :S])
-    return jnp.concatenate([first, scores[..., S:]], axis=-1)
+    if q_sinks is not None and s.sinks is not None and s.sinks.shape[1]:
+        S = s.sinks.shape[1]
+        is_sink = s.sinks[:, None, None, None]
+        first = jnp.where(is_sink, _dot(q_sinks, s.k[:, :, :S]), scores[..., :S])
+        scores = scores.at[..., :S].set(first)
+    return jnp.where(s.mask[:, None, None], scores, -jnp.inf)
 
 
 # One query a row is a matrix-vector product, bound by the reading of the cache. As a dot, XLA's CPU

@@ -143,6 +143,8 @@ class RingCache:
         mask &= (row < lengths[:, None])[:, None]
         chunk = Segment(k.swapaxes(1, 2), v.swapaxes(1, 2), mask, chunk_sinks[:, :S])
         out = sink_attention(q, [old, chunk], q_sinks=q_sinks)
+        # Without this, XLA sees no order between reading the ring and writing it, and copies it.
+        out, old_k, old_v = jax.lax.optimization_barrier((out, self.k, self.v))
 
         # For each slot, the newest token of the chunk that belongs there.
         last = ticks + lengths[:, None] - 1
@@ -152,8 +154,8 @@ class RingCache:
         lands = (token >= ticks) & (token <= last) & in_place
         source = token - ticks
         keys, values = (
-            write_chunk(self.k, k, source, lands),
-            write_chunk(self.v, v, source, lands),
+            write_chunk(old_k, k, source, lands),
+            write_chunk(old_v, v, source, lands),
         )
         return out, dataclasses.replace(self, k=keys, v=values, clock=self._advanced(lengths))
 
