@@ -309,6 +309,8 @@ def converse(stream: Stream, printer: Printer, timer: Timer, caught: list[int]) 
 def main(argv: list[str]) -> None:
     if argv:
         raise app.UsageError(f"unexpected argument {argv[0]!r}")
+    if FLAGS.max_tokens < 0:
+        raise app.UsageError(f"--max_tokens must be ≥ 0 (0: no end), got {FLAGS.max_tokens}")
     if FLAGS.chat and (FLAGS.save or FLAGS.stop):
         raise app.UsageError("--chat keeps no --save folder and takes no --stop")
     with signals() as caught:
