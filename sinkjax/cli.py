@@ -6,7 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+import jax
 from absl import app, flags
+
+from sinkjax.checkpoints.builtin import cache_folder
 
 
 def run(main: Callable[[list[str]], None]) -> NoReturn:
@@ -25,6 +28,8 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
             rest = flags.FLAGS(argv)
         except flags.Error as error:
             _fail(f"{error} (--help lists the flags)")
+        if jax.config.jax_compilation_cache_dir is None:  # a step takes ten seconds to compile
+            jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
         verbosity = flags.FLAGS["verbosity"]
         if verbosity.using_default_value:  # absl would show whatever libraries log
             verbosity.value, verbosity.using_default_value = -1, False

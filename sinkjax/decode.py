@@ -191,10 +191,12 @@ def settings_from_flags(rows: int) -> Settings:
     )
 
 
-def start() -> tuple[Stream, Recorder | None]:
+def start(timer: Timer) -> tuple[Stream, Recorder | None]:
     """A new stream that has read its prompt, or the one to resume."""
     if FLAGS.resume:
-        return _resumed()
+        stream, recorder = _resumed()
+        timer.start()
+        return stream, recorder
     texts = prompts()
     settings = settings_from_flags(len(texts))
     lm = LanguageModel.load(FLAGS.model, dtype=FLAGS.dtype)
@@ -202,6 +204,7 @@ def start() -> tuple[Stream, Recorder | None]:
     recorder = None
     if FLAGS.save:
         recorder = Recorder(FLAGS.save, stream, every=FLAGS.save_every, extra=settings.extra)
+    timer.start()
     stream.feed(texts)
     return stream, recorder
 
@@ -266,16 +269,19 @@ def write(
             return
 
 
-def converse(stream: Stream, printer: Printer, timer: Timer, caught: list[int]) -> None:
-    """A conversation: lines in, replies out, the cache kept between turns."""
+def converse(stream: Stream, printer: Printer, timer: Timer) -> None:
+    """A conversation: lines in, replies out, the cache kept between turns. Ctrl-C ends it."""
     tokenizer = stream.lm.tokenizer
     messages: list[dict[str, str]] = []
     seen = ""
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-        if not line or caught:
+        try:
+            line = sys.stdin.readline()
+        except KeyboardInterrupt:
+            return
+        if not line:
             return
         if not line.strip():
             continue
@@ -292,13 +298,14 @@ def converse(stream: Stream, printer: Printer, timer: Timer, caught: list[int]) 
         stream.feed([ids])
         drawn: list[int] = []
         text = ""
-        for outputs in stream.run(FLAGS.max_tokens):
-            timer.count(outputs)
-            printer.outputs(outputs)
-            drawn += outputs[0].tokens
-            text += outputs[0].text
-            if caught:
-                return
+        with signals() as caught:
+            for outputs in stream.run(FLAGS.max_tokens):
+                timer.count(outputs)
+                printer.outputs(outputs)
+                drawn += outputs[0].tokens
+                text += outputs[0].text
+                if caught:
+                    return
         if not printer.as_json:
             print(flush=True)
         messages.append({"role": "assistant", "content": text})
@@ -313,17 +320,17 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"--max_tokens must be ≥ 0 (0: no end), got {FLAGS.max_tokens}")
     if FLAGS.chat and (FLAGS.save or FLAGS.stop):
         raise app.UsageError("--chat keeps no --save folder and takes no --stop")
-    with signals() as caught:
-        timer = Timer()
-        recorder = None
-        if FLAGS.chat:
-            lm = LanguageModel.load(FLAGS.model, dtype=FLAGS.dtype)
-            stream = settings_from_flags(1).new_stream(lm, steps_per_call=FLAGS.steps_per_call)
-            printer = Printer(1, FLAGS.json)
-            converse(stream, printer, timer, caught)
-        else:
-            stream, recorder = start()
-            printer = Printer(len(stream.rows), FLAGS.json)
+    timer = Timer()
+    caught: list[int] = []
+    if FLAGS.chat:
+        lm = LanguageModel.load(FLAGS.model, dtype=FLAGS.dtype)
+        stream = settings_from_flags(1).new_stream(lm, steps_per_call=FLAGS.steps_per_call)
+        printer = Printer(1, FLAGS.json)
+        converse(stream, printer, timer)
+    else:
+        stream, recorder = start(timer)
+        printer = Printer(len(stream.rows), FLAGS.json)
+        with signals() as caught:
             try:
                 write(stream, printer, timer, caught, recorder)
             finally:
@@ -332,12 +339,12 @@ def main(argv: list[str]) -> None:
                 finally:
                     if recorder:
                         recorder.close()
-        if FLAGS.stats:
-            stats = {**timer.stats(), **stream.stats()}
-            if FLAGS.json:
-                printer.event("stats", **stats)
-            else:
-                print(", ".join(f"{k} {v}" for k, v in stats.items()), file=sys.stderr)
+    if FLAGS.stats:
+        stats = {**timer.stats(), **stream.stats()}
+        if FLAGS.json:
+            printer.event("stats", **stats)
+        else:
+            print(", ".join(f"{k} {v}" for k, v in stats.items()), file=sys.stderr)
     # Ctrl-C is how a stream without end ends; SIGTERM is for whoever sent it to see.
     if signal.SIGTERM in caught:
         sys.exit(128 + signal.SIGTERM)

@@ -115,6 +115,8 @@ class Recorder:
             raise ValueError(
                 f"{self.folder} holds a saved stream already: resume it, or save to another folder"
             )
+        for partial in self.folder.glob(".partial-*"):  # of a save that was killed
+            shutil.rmtree(partial, ignore_errors=True)
         self._settings = Settings(
             stream.cache,
             stream.sampling,

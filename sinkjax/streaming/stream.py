@@ -163,8 +163,11 @@ class Stream:
                 stop_tokens=self.stop_tokens,
             )
             left -= limit
-            outputs = self._outputs(np.asarray(drawn), last=max_tokens > 0 and left == 0)
+            last = max_tokens > 0 and left == 0
+            outputs = self._outputs(np.asarray(drawn), last=last)
             yield outputs
+            if last:
+                return
 
     def pieces(self, max_tokens: int = 0) -> Iterator[list[str]]:
         """The texts of `run`."""
@@ -200,7 +203,7 @@ class Stream:
             if end and end != "stop_string" and row.detokenizer:
                 text += row.stops.push(row.detokenizer.flush())[0] + row.stops.flush()
             if end:
-                row.ended = True
+                row.ended = end != "max_tokens"  # `run` may be called again
                 row.stops = StopStrings(self.stop)
             outputs.append(Output(text, tokens, end))
         ended = [row.ended for row in self.rows]
