@@ -194,9 +194,9 @@ def settings_from_flags(rows: int) -> Settings:
 def start(timer: Timer) -> tuple[Stream, Recorder | None]:
     """A new stream that has read its prompt, or the one to resume."""
     if FLAGS.resume:
-        stream, recorder = _resumed()
+        resumed = _resumed()
         timer.start()
-        return stream, recorder
+        return resumed
     texts = prompts()
     settings = settings_from_flags(len(texts))
     lm = LanguageModel.load(FLAGS.model, dtype=FLAGS.dtype)
