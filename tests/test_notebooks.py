@@ -24,7 +24,7 @@ SMALL = {
 def test_the_notebook_runs(path, monkeypatch):
     for name, value in SMALL.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.delenv("MPLBACKEND", raising=False)
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": os.getcwd()}})
     client.execute()
