@@ -39,11 +39,9 @@ class LanguageModel:
         # compiled functions take the bare arrays, and put the module together when traced.
         self._graph, params = nnx.split(model)
         self._leaves, self._tree = jax.tree.flatten(params)
-        self.prefill = self._compiled(prefill, donate="state")
-        self.decode = self._compiled(
-            decode, donate="state", static=("steps", "sampling", "stop_tokens")
-        )
-        self.score = self._compiled(score, donate="caches")
+        self.prefill = self._compiled(prefill)
+        self.decode = self._compiled(decode, static=("steps", "sampling", "stop_tokens"))
+        self.score = self._compiled(score)
 
     @classmethod
     def load(cls, source: str | os.PathLike[str], *, dtype: str = "float32") -> "LanguageModel":
@@ -82,7 +80,7 @@ class LanguageModel:
         """The ids that end a text or a turn."""
         return self._tokenizer.eos_ids if self._tokenizer else ()
 
-    def _compiled(self, f: Callable, *, donate: str, static: tuple[str, ...] = ()) -> "Compiled":
+    def _compiled(self, f: Callable, *, static: tuple[str, ...] = ()) -> "Compiled":
         graph, tree = self._graph, self._tree
 
         # XLA names a program after its function.
