@@ -1,5 +1,5 @@
 # Sourced by demo.sh and test.sh: makes .venv with sinkjax in it, if it is not there yet, and
-# puts it first on PATH. $1: the extra to install, or nothing.
+# puts it first on PATH. $1: the extra to install, or "" (given, else it is the caller's own $1).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
