@@ -1,5 +1,5 @@
-"""Attention over cached and new keys, the first of which (sinks) may see a query of their own."""
+"""Attention over [sinks | window | causal chunk], forward and backward."""
 
-from pallas_kernels.sink_attention.reference import Segment, sink_attention
+from pallas_kernels.sink_attention.api import sink_attention
 
-__all__ = ["Segment", "sink_attention"]
+__all__ = ["sink_attention"]

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.sink_attention import Segment, sink_attention
-from sinkjax.caches.protocol import Clock, Positions, check_init, rotated, write_chunk, write_one
+from pallas_kernels.ring import Ring
+from pallas_kernels.ring_decode import ring_decode
+from pallas_kernels.sink_attention import sink_attention
+from sinkjax.caches.protocol import Clock, Positions, check_init, rotated, write_chunk
 
 
 class CacheFull(ValueError):
@@ -72,6 +74,7 @@ class DenseCache:
         v: Float[Array, "B T Hkv D"],
         positions: Positions | None,
         lengths: Int32[Array, " B"] | None = None,
+        backend: str | None = None,
     ) -> tuple[Float[Array, "B T H D"], Self]:
         """See `Cache.attend`. Every token sees itself and all before it.
 
@@ -81,24 +84,26 @@ class DenseCache:
                 tokens on the host calls `policy.check` first.
         """
         B, T = q.shape[:2]
-        slots = jnp.arange(self.policy.capacity)
         ticks = self.clock.ticks
-        tick = ticks[:, None] + jnp.arange(T)
         at = self.clock.position[:, None] + jnp.arange(T, dtype=jnp.uint32)
         q, k = rotated(positions, q, at), rotated(positions, k, at)
-        if T == 1 and lengths is None:
-            by = jnp.ones(B, jnp.int32)
-            keys, values = write_one(self.k, k, ticks), write_one(self.v, v, ticks)
-        else:
-            by = jnp.full(B, T, jnp.int32) if lengths is None else lengths
-            keys, values = (_write_span(self.k, k, ticks, by), _write_span(self.v, v, ticks, by))
+        by = jnp.full(B, T, jnp.int32) if lengths is None else lengths
         overfull = ticks + by > self.policy.capacity
         if not isinstance(overfull, jax.core.Tracer):
             self.policy.check(int(jnp.max(ticks + by)))
-        out = sink_attention(q, [Segment(keys, values, slots <= tick[..., None])])
+        # A ring that never wraps.
+        rule = dict(sinks=0, window=self.policy.capacity, backend=backend)
+        ring = Ring(self.k, self.v)
+        if T == 1 and lengths is None:
+            out, ring = ring_decode(q, k, v, ring, ticks, **rule)
+        else:
+            out = sink_attention(q, k, v, ring=ring, ticks=ticks, **rule)
+            # Without this, XLA sees no order between reading and writing, and copies the cache.
+            out, ring = jax.lax.optimization_barrier((out, ring))
+            ring = Ring(_write_span(ring.k, k, ticks, by), _write_span(ring.v, v, ticks, by))
         out = jnp.where(overfull[:, None, None, None], jnp.nan, out)
         clock = Clock(ticks + by, self.clock.position + by.astype(jnp.uint32))
-        return out, dataclasses.replace(self, k=keys, v=values, clock=clock)
+        return out, dataclasses.replace(self, k=ring.k, v=ring.v, clock=clock)
 
 
 def _write_span(buffer: Array, new: Array, at: Array, lengths: Array) -> Array:

@@ -53,6 +53,7 @@ class Cache(Protocol):
         v: Float[Array, "B T Hkv D"],
         positions: Positions | None,
         lengths: Int32[Array, " B"] | None = None,
+        backend: str | None = None,
     ) -> tuple[Float[Array, "B T H D"], Self]:
         """Takes T new tokens a row in, and lets each attend to what the policy grants it.
 
@@ -61,6 +62,7 @@ class Cache(Protocol):
             positions: the position scheme; None: the model has none.
             lengths: how many of the T tokens of each row are real (a prefix); the others are
                 padding, which no token sees and no cache keeps. None: all are.
+            backend: of the attention ops (`pallas_kernels`); None: the best that serves.
 
         Returns:
             The attention output (at padding: anything finite) and the cache with the tokens in.
@@ -144,17 +146,6 @@ def check_init(batch: int, kv_heads: int, head_dim: int) -> None:
     for name, value in dict(batch=batch, kv_heads=kv_heads, head_dim=head_dim).items():
         if value < 1:
             raise ValueError(f"a cache needs {name} ≥ 1, got {value}")
-
-
-def write_one(
-    buffer: Float[Array, "B Hkv C D"], new: Float[Array, "B 1 Hkv D"], slot: Int32[Array, " B"]
-) -> Float[Array, "B Hkv C D"]:
-    """Puts one new token a row into its slot, in place where the buffer is donated."""
-    new = new.astype(buffer.dtype).swapaxes(1, 2)
-    # A scatter over rows of different slots is a loop, and may copy the buffer; B updates do not.
-    for row in range(buffer.shape[0]):
-        buffer = jax.lax.dynamic_update_slice(buffer, new[row : row + 1], (row, 0, slot[row], 0))
-    return buffer
 
 
 def write_chunk(

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.sink_attention import Segment, sink_attention
-from sinkjax.caches.protocol import Clock, Positions, check_init, rotated, write_chunk, write_one
+from pallas_kernels.ring import Ring
+from pallas_kernels.ring_decode import ring_decode
+from pallas_kernels.sink_attention import sink_attention
+from sinkjax.caches.protocol import Clock, Positions, check_init, rotated, write_chunk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +90,7 @@ class RingCache:
         v: Float[Array, "B T Hkv D"],
         positions: Positions | None,
         lengths: Int32[Array, " B"] | None = None,
+        backend: str | None = None,
     ) -> tuple[Float[Array, "B T H D"], Self]:
         """See `Cache.attend`. A query at t sees key i where i ≤ t and (i < S or t − i < W)."""
         S, W = self.policy.sinks, self.policy.window
@@ -102,71 +105,56 @@ class RingCache:
             q_sinks = rotated(positions, q, place)
         q = rotated(positions, q, at)
         k = rotated(positions, k, key_at)
+        ring = Ring(self.k, self.v)
         if T == 1 and lengths is None:
-            return self._attend_one(q, q_sinks, k, v)
-        return self._attend_chunk(q, q_sinks, k, v, lengths)
-
-    def _attend_one(self, q, q_sinks, k, v) -> tuple[Array, Self]:
-        """The token that leaves is out of the window of the one that takes its slot: write first,
-        and the ring alone is what the query sees."""
-        B = q.shape[0]
-        ticks, S, C = self.clock.ticks, self.policy.sinks, self.policy.capacity
-        slot = jnp.where(ticks < S, ticks, S + (ticks - S) % self.policy.window)
-        keys, values = write_one(self.k, k, slot), write_one(self.v, v, slot)
-        mask = jnp.arange(C) <= ticks[:, None, None]
-        ring = Segment(keys, values, mask, jnp.ones((B, S), bool))
-        out = sink_attention(q, [ring], q_sinks=q_sinks)
-        return out, dataclasses.replace(self, k=keys, v=values, clock=self._advanced(1))
-
-    def _attend_chunk(self, q, q_sinks, k, v, lengths) -> tuple[Array, Self]:
-        """Later tokens of the chunk may take slots that earlier ones still see: attend to
-        [ring | chunk], then write."""
-        S, W = self.policy.sinks, self.policy.window
-        B, T = q.shape[:2]
-        ticks = self.clock.ticks[:, None]
-        lengths = jnp.full(B, T, jnp.int32) if lengths is None else lengths
-        row = jnp.arange(T)
-
-        # A slot of the ring, by how many tokens ago it was written (0: the newest).
-        age = (ticks - 1 - S - jnp.arange(W)) % W
-        in_window = (age < ticks - S)[:, None] & (row[:, None] + 1 + age[:, None] < W)
-        is_sink = jnp.broadcast_to((jnp.arange(S) < ticks)[:, None], (B, T, S))
-        old = Segment(
-            self.k,
-            self.v,
-            jnp.concatenate([is_sink, in_window], axis=-1),
-            jnp.ones((B, S), bool),
+            out, ring = ring_decode(
+                q,
+                k,
+                v,
+                ring,
+                self.clock.ticks,
+                sinks=S,
+                window=W,
+                q_sinks=q_sinks,
+                backend=backend,
+            )
+            return out, self._with(ring, 1)
+        out = sink_attention(
+            q,
+            k,
+            v,
+            sinks=S,
+            window=W,
+            q_sinks=q_sinks,
+            ring=ring,
+            ticks=self.clock.ticks,
+            backend=backend,
         )
-        distance = row[:, None] - row
-        chunk_sinks = ticks + row < S
-        mask = (distance >= 0) & ((distance < W) | chunk_sinks[:, None])
-        mask &= (row < lengths[:, None])[:, None]
-        chunk = Segment(k.swapaxes(1, 2), v.swapaxes(1, 2), mask, chunk_sinks[:, :S])
-        # A prompt's first chunk meets an empty ring: leaving that out saves a third of its time.
-        out = jax.lax.cond(
-            jnp.any(ticks > 0),
-            lambda: sink_attention(q, [old, chunk], q_sinks=q_sinks),
-            lambda: sink_attention(q, [chunk], q_sinks=q_sinks),
-        )
+        # Later tokens of a chunk take slots that earlier ones still see, so it is written last.
         # Without this, XLA sees no order between reading the ring and writing it, and copies it.
-        out, old_k, old_v = jax.lax.optimization_barrier((out, self.k, self.v))
+        out, ring = jax.lax.optimization_barrier((out, ring))
+        lengths = jnp.full(q.shape[0], T, jnp.int32) if lengths is None else lengths
+        return out, self._with(self._written(ring, k, v, lengths), lengths)
 
+    def _written(self, ring: Ring, k: Array, v: Array, lengths: Array) -> Ring:
+        """The ring with the first `lengths` tokens of a chunk in it."""
+        S, W = self.policy.sinks, self.policy.window
+        ticks = self.clock.ticks[:, None]
         # For each slot, the newest token of the chunk that belongs there.
         last = ticks + lengths[:, None] - 1
         newest = last - (last - S - jnp.arange(W)) % W
-        token = jnp.concatenate([jnp.broadcast_to(jnp.arange(S), (B, S)), newest], axis=-1)
+        first = jnp.broadcast_to(jnp.arange(S), (newest.shape[0], S))
+        token = jnp.concatenate([first, newest], axis=-1)
         in_place = (jnp.arange(S + W) < S) | (token >= S)
         lands = (token >= ticks) & (token <= last) & in_place
         source = token - ticks
-        keys, values = (
-            write_chunk(old_k, k, source, lands),
-            write_chunk(old_v, v, source, lands),
-        )
-        return out, dataclasses.replace(self, k=keys, v=values, clock=self._advanced(lengths))
+        return Ring(write_chunk(ring.k, k, source, lands), write_chunk(ring.v, v, source, lands))
 
-    def _advanced(self, by: int | Array) -> Clock:
+    def _with(self, ring: Ring, by: int | Array) -> Self:
+        """This cache with another ring, `by` tokens on."""
         S, W = self.policy.sinks, self.policy.window
         ticks = self.clock.ticks + by
         folded = jnp.where(ticks < S + W, ticks, S + W + (ticks - S) % W)
         by = jnp.asarray(by, jnp.uint32)
-        return Clock(folded, self.clock.position + by)
+        clock = Clock(folded, self.clock.position + by)
+        return dataclasses.replace(self, k=ring.k, v=ring.v, clock=clock)

@@ -1,0 +1,70 @@
+"""From the arrays of an op to the backend that serves them."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels.backends import choose
+from pallas_kernels.flash.call import Call, Inputs, Places
+from pallas_kernels.flash.rule import Rule, block_map, most_blocks
+from pallas_kernels.flash.vjp import attention as differentiable
+
+
+def attention(
+    op: str,
+    x: Inputs,
+    *,
+    rule: Rule,
+    places: tuple[Array, Array, Array, Array | None],
+    own: bool,
+    out_dtype: Any,
+    backend: str | None,
+    block_sizes: tuple[int, int] | None,
+    interpret: Any,
+) -> tuple[Array, Array]:
+    """Attention under a rule, on the backend named or the best.
+
+    Args:
+        places: `q_ticks`, `k_ticks`, `q_starts` and `slopes` of `Places`.
+        own: the keys are the chunk's own, their ticks in order.
+    """
+    q_ticks, k_ticks, q_starts, slopes = places
+    T, K = x.q.shape[2], x.k.shape[2]
+
+    def call(name: str) -> Call:
+        block_q, block_k = block_sizes or sizes(name, x)
+        most = most_blocks(rule, T, K, block_q, block_k) if own else -(-K // block_k)
+        return Call(rule, block_q, block_k, most, out_dtype, interpret)
+
+    name = choose(op, backend, refusals(x, call), default="xla")
+    chosen = call(name)
+    blocks = block_map(rule, q_ticks, k_ticks, q_starts, chosen.block_q, chosen.block_k)
+    where = Places(q_ticks, k_ticks, q_starts, slopes, blocks[:, None])
+    return differentiable(name, chosen, x, where)
+
+
+def refusals(x: Inputs, call) -> dict:
+    """Of each backend, whether it refuses (see `choose`)."""
+
+    def ask(name: str):
+        return lambda: importlib.import_module(f"pallas_kernels.flash.{name}").refuses(
+            call(name), x
+        )
+
+    return {"tpu": ask("tpu"), "gpu": ask("gpu"), "xla": _serves, "reference": _serves}
+
+
+def _serves() -> None:
+    return None
+
+
+def sizes(backend: str, x: Inputs) -> tuple[int, int]:
+    """Queries and keys that a backend takes at a time."""
+    if backend in ("tpu", "gpu"):
+        module = importlib.import_module(f"pallas_kernels.flash.{backend}")
+        return module.block_sizes(x.q.shape[3], jnp.dtype(x.q.dtype))
+    return 256, 256

@@ -1,0 +1,65 @@
+"""What a backend is handed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jax import Array
+from jax.typing import DTypeLike
+
+from pallas_kernels.flash.rule import Rule
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int32
+
+
+class Call(NamedTuple):
+    """The static part of a call. Hashable.
+
+    Attributes:
+        rule: which keys a query sees.
+        block_q, block_k: queries and keys that a kernel takes at a time.
+        most: key blocks that `Places.blocks` lists for any one query block, at most.
+        out_dtype: of the output.
+        interpret: parameters of Pallas' interpret mode; None: compiled.
+    """
+
+    rule: Rule
+    block_q: int
+    block_k: int
+    most: int
+    out_dtype: DTypeLike
+    interpret: Any = None
+
+
+class Inputs(NamedTuple):
+    """What gradients flow to.
+
+    Attributes:
+        q: rotated queries; H is a multiple of Hkv, consecutive heads share a KV head (GQA).
+        k, v: rotated keys, and values.
+        q_sinks: the queries rotated for the sinks; None: `q` serves all keys.
+    """
+
+    q: Float[Array, "B H T D"]
+    k: Float[Array, "B Hkv K D"]
+    v: Float[Array, "B Hkv K D"]
+    q_sinks: Float[Array, "B H T D"] | None
+
+
+class Places(NamedTuple):
+    """Where queries and keys stand.
+
+    Attributes:
+        q_ticks, k_ticks: see `rule.py`; `EMPTY` where a slot holds no key.
+        q_starts: the tick at which each query's sequence begins.
+        slopes: ALiBi's, by head; None: no ALiBi.
+        blocks: by query block (`block_q`) and key block (`block_k`; the last of either may be
+            shorter), whether to look at all. Bh and Hb are 1 or B, and 1, Hkv or H.
+    """
+
+    q_ticks: Int32[Array, "B T"]
+    k_ticks: Int32[Array, "B K"]
+    q_starts: Int32[Array, "B T"]
+    slopes: Float[Array, " H"] | None
+    blocks: Bool[Array, "Bb Hb Nq Nk"]
