@@ -69,6 +69,21 @@ def quantised(x: Float[Array, "... D"], dtype: DTypeLike) -> tuple[Array, Array 
     return whole.astype(dtype), scale
 
 
+def stored(k: Array, v: Array, dtype: DTypeLike) -> Ring:
+    """Keys and values `[B, Hkv, T, D]` as a ring of this dtype holds them."""
+    (k, k_scale), (v, v_scale) = quantised(k, dtype), quantised(v, dtype)
+    return Ring(k, v, k_scale, v_scale)
+
+
+def floats(ring: Ring, dtype: DTypeLike) -> Ring:
+    """The ring in a dtype of floats: a copy where it is another."""
+    if ring.k_scale is None:
+        return Ring(ring.k.astype(dtype), ring.v.astype(dtype))
+    k = ring.k.astype(jnp.float32) * ring.k_scale[..., None]
+    v = ring.v.astype(jnp.float32) * ring.v_scale[..., None]
+    return Ring(k.astype(dtype), v.astype(dtype))
+
+
 def write(buffer: Array, new: Array, slots: Array) -> Array:
     """Puts `new[b, :, t]` into slot `slots[b, t]`, in place where the buffer is donated.
 

@@ -1,5 +1,7 @@
-# Sourced by demo.sh and test.sh: makes .venv with sinkjax in it, if it is not there yet, and
+# Sourced by demo.sh and test.sh: makes an environment with sinkjax in it, if it is not there yet, and
 # puts it first on PATH. $1: the extra to install, or "" (given, else it is the caller's own $1).
+# One environment an extra: the tests' holds compilers for chips, for which jax would look in vain
+# each time that it starts.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -16,8 +18,8 @@ find_python() {
 }
 
 extra="${1:-}"
-stamp=".venv/installed${extra:+-$extra}"
-if [ ! -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
+venv=".venv${extra:+-$extra}"
+if [ ! -e "$venv/installed" ] || [ pyproject.toml -nt "$venv/installed" ]; then
     if ! python="$(find_python)"; then
         echo "sinkjax needs Python 3.12 or newer, and none was found. Get it with one of:" >&2
         echo "  uv python install 3.12" >&2
@@ -26,9 +28,9 @@ if [ ! -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
         echo "  brew install python@3.12" >&2
         exit 1
     fi
-    echo "setting up .venv with $("$python" --version) (once) ..." >&2
-    [ -x .venv/bin/python ] || "$python" -m venv .venv
-    .venv/bin/python -m pip install --quiet --editable ".${extra:+[$extra]}"
-    touch "$stamp"
+    echo "setting up $venv with $("$python" --version) (once) ..." >&2
+    [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+    "$venv/bin/python" -m pip install --quiet --editable ".${extra:+[$extra]}"
+    touch "$venv/installed"
 fi
-export PATH="$PWD/.venv/bin:$PATH"
+export PATH="$PWD/$venv/bin:$PATH"

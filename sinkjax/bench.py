@@ -5,6 +5,8 @@ recompute:  a token by streaming against a token by encoding its window from scr
             what a window without sinks needs to stay sane (StreamingLLM, figure 10).
 forever:    one long stream: latency and resident memory from its beginning to its end.
 
+`--model random` is a very small model.
+
 Each prints a table to standard error and one JSON object to standard output.
 """
 
@@ -25,7 +27,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from sinkjax.caches import FullCache, SinkRing
-from sinkjax.cli import run
+from sinkjax.cli import define_model_flags, load_model, run
 from sinkjax.models import Config, Decoder
 from sinkjax.streaming import LanguageModel, Sampling, Stream
 
@@ -33,12 +35,7 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-    flags.DEFINE_string(
-        "model", "smollm2-135m-instruct", "As for sinkjax.decode; or `random`, a very small one."
-    )
-    flags.DEFINE_enum(
-        "dtype", "float32", ["float32", "bfloat16"], "Of weights, activations and cache."
-    )
+    define_model_flags()
     flags.DEFINE_integer("sinks", 4, "First tokens that are kept for ever.")
     flags.DEFINE_list("caches", ["1024"], "Cache sizes (sinks + window) to measure.")
     flags.DEFINE_integer("tokens", 128, "Tokens to decode.")
@@ -49,7 +46,7 @@ def define_flags() -> None:
 
 def load() -> LanguageModel:
     if FLAGS.model != "random":
-        return LanguageModel.load(FLAGS.model, dtype=FLAGS.dtype)
+        return load_model()
     config = Config(
         family="llama",
         vocab_size=256,
@@ -64,7 +61,7 @@ def load() -> LanguageModel:
         trained_context=2048,
     )
     model = Decoder(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(FLAGS.dtype))
-    return LanguageModel(model, name="random")
+    return LanguageModel(model, name="random", attention_backend=FLAGS.attention_backend)
 
 
 def some_tokens(lm: LanguageModel, count: int) -> list[int]:

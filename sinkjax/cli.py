@@ -10,6 +10,34 @@ import jax
 from absl import app, flags
 
 from sinkjax.checkpoints.builtin import cache_folder
+from sinkjax.streaming import LanguageModel
+
+FLAGS = flags.FLAGS
+
+
+def define_model_flags() -> None:
+    """The flags by which every command chooses and runs a model."""
+    flags.DEFINE_string(
+        "model",
+        "smollm2-135m-instruct",
+        "The built-in model, a GGUF file, a Hugging Face folder, a converted folder, or a hub id.",
+    )
+    flags.DEFINE_enum(
+        "dtype", "float32", ["float32", "bfloat16"], "Of weights, activations and cache."
+    )
+    flags.DEFINE_enum(
+        "attention_backend",
+        None,
+        ["reference", "xla", "tpu", "gpu"],
+        "How attention is computed; by default, the kernel of this platform where there is one.",
+    )
+
+
+def load_model() -> LanguageModel:
+    """The model that the flags name."""
+    return LanguageModel.load(
+        FLAGS.model, dtype=FLAGS.dtype, attention_backend=FLAGS.attention_backend
+    )
 
 
 def run(main: Callable[[list[str]], None]) -> NoReturn:
@@ -25,12 +53,12 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
 
     def parse(argv: list[str]) -> list[str]:
         try:
-            rest = flags.FLAGS(argv)
+            rest = FLAGS(argv)
         except flags.Error as error:
             _fail(f"{error} (--help lists the flags)")
         if jax.config.jax_compilation_cache_dir is None:  # a step takes ten seconds to compile
             jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
-        verbosity = flags.FLAGS["verbosity"]
+        verbosity = FLAGS["verbosity"]
         if verbosity.using_default_value:  # absl would show whatever libraries log
             verbosity.value, verbosity.using_default_value = -1, False
         return rest

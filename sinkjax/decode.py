@@ -12,8 +12,8 @@ from typing import Any
 from absl import app, flags
 
 from sinkjax.caches import SinkRing
-from sinkjax.cli import run
-from sinkjax.streaming import LanguageModel, Sampling, Stream
+from sinkjax.cli import define_model_flags, load_model, run
+from sinkjax.streaming import Sampling, Stream
 from sinkjax.streaming.snapshot import Recorder, Settings, resume, saved_settings
 from sinkjax.streaming.stream import Output
 
@@ -21,12 +21,7 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-    flags.DEFINE_string(
-        "model",
-        "smollm2-135m-instruct",
-        "The built-in name, a .gguf file, a folder (Hugging Face, or written by sinkjax.convert), "
-        "or a hub id.",
-    )
+    define_model_flags()
     flags.DEFINE_string(
         "prompt", None, "The text to continue. Without one, standard input is read."
     )
@@ -47,9 +42,6 @@ def define_flags() -> None:
     flags.DEFINE_float("repetition_penalty", 1.1, "Makes the newest 64 tokens less likely; 1: off.")
     flags.DEFINE_integer("seed", 0, "Of the random draws; row i of a batch draws with seed + i.")
     flags.DEFINE_multi_string("stop", [], "End before this string; may be given several times.")
-    flags.DEFINE_enum(
-        "dtype", "float32", ["float32", "bfloat16"], "Of weights, activations and cache."
-    )
     flags.DEFINE_integer("steps_per_call", 1, "Tokens per call of the compiled step.")
     flags.DEFINE_bool("ignore_eos", False, "Go on when the model ends its text.")
     flags.DEFINE_bool("stats", False, "Say at the end how fast it went and what was forgotten.")
@@ -199,7 +191,7 @@ def start(timer: Timer) -> tuple[Stream, Recorder | None]:
         return resumed
     texts = prompts()
     settings = settings_from_flags(len(texts))
-    lm = LanguageModel.load(FLAGS.model, dtype=FLAGS.dtype)
+    lm = load_model()
     stream = settings.new_stream(lm, steps_per_call=FLAGS.steps_per_call)
     recorder = None
     if FLAGS.save:
@@ -243,7 +235,7 @@ def _resumed() -> tuple[Stream, Recorder]:
             f"the stream in {FLAGS.resume} has other settings: {'; '.join(differ)}. "
             "Leave these flags out, or start a new stream"
         )
-    lm = LanguageModel.load(FLAGS.model, dtype=FLAGS.dtype)
+    lm = load_model()
     stream = resume(FLAGS.resume, lm, steps_per_call=FLAGS.steps_per_call)
     print(f"resumed after {stream.rows[0].tokens} tokens", file=sys.stderr)
     recorder = Recorder(
@@ -323,7 +315,7 @@ def main(argv: list[str]) -> None:
     timer = Timer()
     caught: list[int] = []
     if FLAGS.chat:
-        lm = LanguageModel.load(FLAGS.model, dtype=FLAGS.dtype)
+        lm = load_model()
         stream = settings_from_flags(1).new_stream(lm, steps_per_call=FLAGS.steps_per_call)
         printer = Printer(1, FLAGS.json)
         converse(stream, printer, timer)

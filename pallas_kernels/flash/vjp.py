@@ -54,10 +54,9 @@ def merged(parts: list[tuple[Array, Array]]) -> tuple[Array, Array]:
     peak = functools.reduce(jnp.maximum, (lse for _, lse in parts))
     peak = jax.lax.stop_gradient(jnp.where(jnp.isfinite(peak), peak, 0.0))
     shares = [jnp.exp(lse - peak) for _, lse in parts]
-    total = sum(shares)
+    total = functools.reduce(jnp.add, shares)
     some = total > 0
     total = jnp.where(some, total, 1.0)
-    out = sum(
-        out * (share / total)[..., None] for (out, _), share in zip(parts, shares, strict=True)
-    )
+    weighted = (o * (s / total)[..., None] for (o, _), s in zip(parts, shares, strict=True))
+    out = functools.reduce(jnp.add, weighted)
     return out, jnp.where(some, peak + jnp.log(total), -jnp.inf)

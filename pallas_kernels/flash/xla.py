@@ -76,8 +76,8 @@ def backward(
         q, q_sinks = block.queries(x.q, i), block.queries(x.q_sinks, i)
         rows = [block.queries(a, i) for a in (lse[..., None], delta[..., None], dout)]
         # Clamped blocks overlap: each query counts once.
-        rows[2] = jnp.where(block.own_queries(i)[:, None], rows[2], 0.0)
-        rows[1] = jnp.where(block.own_queries(i)[:, None], rows[1], 0.0)
+        own = jnp.tile(block.own_queries(i), block.group)[:, None]
+        rows[1:] = [jnp.where(own, a, 0.0) for a in rows[1:]]
 
         def key_block(j, carry):
             dq, dq_sinks, dk, dv = carry
@@ -102,10 +102,10 @@ def backward(
         first = (zeros, None if q_sinks is None else zeros, grads.k, grads.v)
         dq, dq_sinks, dk, dv = block.over_keys(i, key_block, first)
         return Inputs(
-            block.put(grads.q, dq, i, add=True),
+            block.put(grads.q, dq, i),
             dk,
             dv,
-            None if q_sinks is None else block.put(grads.q_sinks, dq_sinks, i, add=True),
+            None if q_sinks is None else block.put(grads.q_sinks, dq_sinks, i),
         )
 
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape), x)
@@ -140,14 +140,14 @@ class _Blocks:
         return a.reshape(a.shape[0], self.Hkv, self.group * self.size_q, a.shape[-1])
 
     def own_queries(self, i) -> Array:
-        own = self.start_q(i) + jnp.arange(self.size_q) >= i * self.call.block_q
-        return jnp.tile(own, self.group)
+        return self.start_q(i) + jnp.arange(self.size_q) >= i * self.call.block_q
 
-    def put(self, whole: Array, rows: Array, i, *, add: bool = False) -> Array:
+    def put(self, whole: Array, rows: Array, i) -> Array:
+        """Puts the block's own rows in, beside those of the block that it overlaps."""
         rows = rows.reshape(rows.shape[0], -1, self.size_q, rows.shape[-1])
         start = self.start_q(i)
-        if add:
-            rows += lax.dynamic_slice_in_dim(whole, start, self.size_q, axis=2)
+        old = lax.dynamic_slice_in_dim(whole, start, self.size_q, axis=2)
+        rows = jnp.where(self.own_queries(i)[:, None], rows, old)
         return lax.dynamic_update_slice_in_dim(whole, rows, start, axis=2)
 
     def keys(self, a: Array, j) -> Array:

@@ -12,7 +12,7 @@ from pallas_kernels.backends import choose
 from pallas_kernels.checks import check_heads, check_options, check_ring
 from pallas_kernels.flash.rule import Rule
 from pallas_kernels.flash.vjp import merged
-from pallas_kernels.ring import Ring, quantised
+from pallas_kernels.ring import Ring, stored
 from pallas_kernels.ring_decode.call import Call
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def ring_decode(
     backend: str | None = None,
     block_size: int | None = None,
     interpret: Any = None,
-) -> tuple[Float[Array, "B T H D"], Ring] | tuple[Float[Array, "B T H D"], Ring, Array]:
+) -> tuple[Any, ...]:
     """Attention of T new tokens a row, one or a few, over a ring and themselves: query t sees key
     i where i ≤ t and (i < S or t − i < W). Each slot is read once, and the new tokens are written
     into theirs, in place where the ring is donated.
@@ -72,9 +72,7 @@ def ring_decode(
         Rule(sinks, window, D**-0.5 if scale is None else scale, soft_cap), block_size, interpret
     )
 
-    new_k, k_scale = quantised(k.swapaxes(1, 2), ring.k.dtype)
-    new_v, v_scale = quantised(v.swapaxes(1, 2), ring.v.dtype)
-    new = Ring(new_k, new_v, k_scale, v_scale)
+    new = stored(k.swapaxes(1, 2), v.swapaxes(1, 2), ring.k.dtype)
     by_head = [None if x is None else x.swapaxes(1, 2) for x in (q, q_sinks)]
     slopes = None if alibi_slopes is None else alibi_slopes.astype(jnp.float32)
     arguments = (call, *by_head, new, ring, ticks, slopes)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from sinkjax.caches import FullCache, Policy, SinkRing
 from sinkjax.checkpoints.builtin import TEXTS, fetch_text
 from sinkjax.streaming import LanguageModel, nll
-from sinkjax.streaming.language_model import CHUNK
+from sinkjax.streaming.step import CHUNK
 from sinkjax.text.tokenizer import Tokenizer
 
 MODES = ("dense", "window", "recompute", "streaming")

@@ -19,7 +19,7 @@ from sinkjax.analysis.perplexity import check_modes, policy_of
 from sinkjax.caches import LayerCaches, Policy
 from sinkjax.models import Decoder
 from sinkjax.streaming import LanguageModel
-from sinkjax.streaming.language_model import CHUNK
+from sinkjax.streaming.step import CHUNK
 
 MODES = ("dense", "window", "streaming")
 

@@ -8,10 +8,16 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.ring import Ring
-from pallas_kernels.ring_decode import ring_decode
-from pallas_kernels.sink_attention import sink_attention
-from sinkjax.caches.protocol import Clock, Positions, check_init, rotated, write_chunk
+from pallas_kernels.ring import Ring, empty_ring
+from sinkjax.caches.protocol import (
+    Clock,
+    Positions,
+    check_init,
+    check_kv_dtype,
+    rotated,
+    through_ring,
+    write_chunk,
+)
 
 
 class CacheFull(ValueError):
@@ -22,15 +28,21 @@ class CacheFull(ValueError):
 class FullCache:
     """Keeps all of `capacity` tokens, and takes no more.
 
+    Attributes:
+        capacity: C ≥ 1.
+        kv_dtype: see `SinkRing`.
+
     Raises:
-        ValueError: capacity < 1.
+        ValueError: capacity < 1, or an unknown kv_dtype.
     """
 
     capacity: int
+    kv_dtype: str | None = None
 
     def __post_init__(self):
         if self.capacity < 1:
             raise ValueError(f"capacity must be ≥ 1, got {self.capacity}")
+        check_kv_dtype(self.kv_dtype)
 
     @property
     def reach(self) -> int:
@@ -53,8 +65,8 @@ class FullCache:
     ) -> "DenseCache":
         """An empty cache of `[batch, kv_heads, capacity, head_dim]` keys and values."""
         check_init(batch, kv_heads, head_dim)
-        shape = (batch, kv_heads, self.capacity, head_dim)
-        return DenseCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), Clock.zero(batch), self)
+        ring = empty_ring(batch, kv_heads, self.capacity, head_dim, self.kv_dtype or dtype)
+        return DenseCache(ring, Clock.zero(batch), self)
 
 
 @jax.tree_util.register_dataclass
@@ -62,8 +74,7 @@ class FullCache:
 class DenseCache:
     """One layer's keys and values: token t in slot t, rotated at its absolute position."""
 
-    k: Float[Array, "B Hkv C D"]
-    v: Float[Array, "B Hkv C D"]
+    ring: Ring
     clock: Clock
     policy: FullCache = dataclasses.field(metadata=dict(static=True))
 
@@ -91,24 +102,26 @@ class DenseCache:
         overfull = ticks + by > self.policy.capacity
         if not isinstance(overfull, jax.core.Tracer):
             self.policy.check(int(jnp.max(ticks + by)))
-        # A ring that never wraps.
-        rule = dict(sinks=0, window=self.policy.capacity, backend=backend)
-        ring = Ring(self.k, self.v)
-        if T == 1 and lengths is None:
-            out, ring = ring_decode(q, k, v, ring, ticks, **rule)
-        else:
-            out = sink_attention(q, k, v, ring=ring, ticks=ticks, **rule)
-            # Without this, XLA sees no order between reading and writing, and copies the cache.
-            out, ring = jax.lax.optimization_barrier((out, ring))
-            ring = Ring(_write_span(ring.k, k, ticks, by), _write_span(ring.v, v, ticks, by))
+        out, ring = through_ring(  # a ring that never wraps
+            q,
+            k,
+            v,
+            self.ring,
+            ticks,
+            sinks=0,
+            window=self.policy.capacity,
+            lengths=lengths,
+            write=lambda buffer, new: _write_span(buffer, new, ticks, by),
+            backend=backend,
+        )
         out = jnp.where(overfull[:, None, None, None], jnp.nan, out)
         clock = Clock(ticks + by, self.clock.position + by.astype(jnp.uint32))
-        return out, dataclasses.replace(self, k=ring.k, v=ring.v, clock=clock)
+        return out, dataclasses.replace(self, ring=ring, clock=clock)
 
 
 def _write_span(buffer: Array, new: Array, at: Array, lengths: Array) -> Array:
     """Puts the first `lengths[b]` of T new tokens into slots `at[b]` and on, touching no others."""
-    T = min(new.shape[1], buffer.shape[2])
+    T = min(new.shape[2], buffer.shape[2])
     for row in range(buffer.shape[0]):
         # The span of T slots that holds them all, even where they are the last of the cache.
         start = jnp.minimum(at[row], buffer.shape[2] - T)
@@ -116,5 +129,7 @@ def _write_span(buffer: Array, new: Array, at: Array, lengths: Array) -> Array:
         source = start + jnp.arange(T) - at[row]
         lands = (source >= 0) & (source < lengths[row])
         span = write_chunk(old, new[row : row + 1], source[None], lands[None])
-        buffer = jax.lax.dynamic_update_slice(buffer, span, (row, 0, start, 0))
+        buffer = jax.lax.dynamic_update_slice(
+            buffer, span, (row, 0, start) + (0,) * (buffer.ndim - 3)
+        )
     return buffer

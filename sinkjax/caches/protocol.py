@@ -5,13 +5,19 @@ frozen pytree of fixed shape for one layer, whose one verb is `attend`.
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol, Self
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int32, UInt32
+from jaxtyping import Array, Bool, Float, Int32, Num, UInt32
+
+from pallas_kernels.ring import Ring, floats, stored
+from pallas_kernels.ring_decode import ring_decode
+from pallas_kernels.sink_attention import sink_attention
+
+KV_DTYPES = (None, "float32", "bfloat16", "int8", "int4")
 
 
 class Positions(Protocol):
@@ -148,14 +154,63 @@ def check_init(batch: int, kv_heads: int, head_dim: int) -> None:
             raise ValueError(f"a cache needs {name} ≥ 1, got {value}")
 
 
+def check_kv_dtype(kv_dtype: str | None) -> None:
+    if kv_dtype not in KV_DTYPES:
+        raise ValueError(f"kv_dtype must be one of {KV_DTYPES}, got {kv_dtype!r}")
+
+
+def through_ring(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B T Hkv D"],
+    v: Float[Array, "B T Hkv D"],
+    ring: Ring,
+    ticks: Int32[Array, " B"],
+    *,
+    sinks: int,
+    window: int,
+    q_sinks: Float[Array, "B T H D"] | None = None,
+    lengths: Int32[Array, " B"] | None,
+    write: Callable[[Array, Array], Array],
+    backend: str | None,
+) -> tuple[Float[Array, "B T H D"], Ring]:
+    """Attention to [ring | new tokens], and the ring with the new tokens in it.
+
+    Args:
+        q, k, v, q_sinks: rotated.
+        write: puts new tokens `[B, Hkv, T, ...]` into a buffer `[B, Hkv, C, ...]`.
+    """
+    if q.shape[1] == 1 and lengths is None:
+        out, ring = ring_decode(
+            q, k, v, ring, ticks, sinks=sinks, window=window, q_sinks=q_sinks, backend=backend
+        )
+        return out, ring
+    new = stored(k.swapaxes(1, 2), v.swapaxes(1, 2), ring.k.dtype)
+    held, seen = floats(ring, k.dtype), floats(new, k.dtype)
+    out = sink_attention(
+        q,
+        seen.k.swapaxes(1, 2),
+        seen.v.swapaxes(1, 2),
+        sinks=sinks,
+        window=window,
+        q_sinks=q_sinks,
+        ring=held,
+        ticks=ticks,
+        backend=backend,
+    )
+    # Later tokens of a chunk take slots that earlier ones still see, so it is written last.
+    # Without this, XLA sees no order between reading the ring and writing it, and copies it.
+    out, ring = jax.lax.optimization_barrier((out, ring))
+    return out, jax.tree.map(write, ring, new)
+
+
 def write_chunk(
-    buffer: Float[Array, "B Hkv C D"],
-    new: Float[Array, "B T Hkv D"],
+    buffer: Num[Array, "B Hkv C ..."],
+    new: Num[Array, "B Hkv T ..."],
     source: Int32[Array, "B C"],
-    lands: Array,
-) -> Float[Array, "B Hkv C D"]:
+    lands: Bool[Array, "B C"],
+) -> Num[Array, "B Hkv C ..."]:
     """Gives each slot c of row b the chunk's token `source[b, c]` where `lands[b, c]` is true."""
-    new = new.astype(buffer.dtype).swapaxes(1, 2)
-    index = jnp.clip(source, 0, new.shape[2] - 1)[:, None, :, None]
+    last = (1,) * (buffer.ndim - 3)
+    index = jnp.clip(source, 0, new.shape[2] - 1)[:, None].reshape(source.shape[0], 1, -1, *last)
     moved = jnp.take_along_axis(new, index, axis=2)
-    return jnp.where(lands[:, None, :, None], moved, buffer)
+    return jnp.where(lands.reshape(index.shape), moved, buffer)

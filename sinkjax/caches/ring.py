@@ -8,10 +8,16 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.ring import Ring
-from pallas_kernels.ring_decode import ring_decode
-from pallas_kernels.sink_attention import sink_attention
-from sinkjax.caches.protocol import Clock, Positions, check_init, rotated, write_chunk
+from pallas_kernels.ring import Ring, empty_ring
+from sinkjax.caches.protocol import (
+    Clock,
+    Positions,
+    check_init,
+    check_kv_dtype,
+    rotated,
+    through_ring,
+    write_chunk,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,14 +29,17 @@ class SinkRing:
         window: W ≥ 1.
         positions: `"cache"`: a sink seems to lie right before the window, however long ago it
             was (StreamingLLM); `"absolute"`: it stays where it was (DuoAttention, LServe).
+        kv_dtype: of the keys and values kept: `"float32"`, `"bfloat16"`, or quantised with a scale
+            per token and head, `"int8"` or `"int4"`; None: the model's own.
 
     Raises:
-        ValueError: sinks < 0, window < 1, or an unknown kind of positions.
+        ValueError: sinks < 0, window < 1, or an unknown kind of positions or kv_dtype.
     """
 
     sinks: int
     window: int
     positions: Literal["cache", "absolute"] = "cache"
+    kv_dtype: str | None = None
 
     def __post_init__(self):
         if self.sinks < 0:
@@ -39,6 +48,7 @@ class SinkRing:
             raise ValueError(f"window must be ≥ 1, got {self.window}")
         if self.positions not in ("cache", "absolute"):
             raise ValueError(f'positions must be "cache" or "absolute", got {self.positions!r}')
+        check_kv_dtype(self.kv_dtype)
 
     @property
     def capacity(self) -> int:
@@ -60,8 +70,8 @@ class SinkRing:
     ) -> "RingCache":
         """An empty ring of `[batch, kv_heads, sinks + window, head_dim]` keys and values."""
         check_init(batch, kv_heads, head_dim)
-        shape = (batch, kv_heads, self.capacity, head_dim)
-        return RingCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), Clock.zero(batch), self)
+        ring = empty_ring(batch, kv_heads, self.capacity, head_dim, self.kv_dtype or dtype)
+        return RingCache(ring, Clock.zero(batch), self)
 
 
 @jax.tree_util.register_dataclass
@@ -78,8 +88,7 @@ class RingCache:
     keeps it below S + 2W for ever, and says all: slots filled and the slot that comes next.
     """
 
-    k: Float[Array, "B Hkv C D"]
-    v: Float[Array, "B Hkv C D"]
+    ring: Ring
     clock: Clock
     policy: SinkRing = dataclasses.field(metadata=dict(static=True))
 
@@ -105,39 +114,27 @@ class RingCache:
             q_sinks = rotated(positions, q, place)
         q = rotated(positions, q, at)
         k = rotated(positions, k, key_at)
-        ring = Ring(self.k, self.v)
-        if T == 1 and lengths is None:
-            out, ring = ring_decode(
-                q,
-                k,
-                v,
-                ring,
-                self.clock.ticks,
-                sinks=S,
-                window=W,
-                q_sinks=q_sinks,
-                backend=backend,
-            )
-            return out, self._with(ring, 1)
-        out = sink_attention(
+        by = jnp.full(q.shape[0], T, jnp.int32) if lengths is None else lengths
+        out, ring = through_ring(
             q,
             k,
             v,
+            self.ring,
+            self.clock.ticks,
             sinks=S,
             window=W,
             q_sinks=q_sinks,
-            ring=ring,
-            ticks=self.clock.ticks,
+            lengths=lengths,
+            write=lambda buffer, new: self._written(buffer, new, by),
             backend=backend,
         )
-        # Later tokens of a chunk take slots that earlier ones still see, so it is written last.
-        # Without this, XLA sees no order between reading the ring and writing it, and copies it.
-        out, ring = jax.lax.optimization_barrier((out, ring))
-        lengths = jnp.full(q.shape[0], T, jnp.int32) if lengths is None else lengths
-        return out, self._with(self._written(ring, k, v, lengths), lengths)
+        ticks = self.clock.ticks + by
+        folded = jnp.where(ticks < S + W, ticks, S + W + (ticks - S) % W)
+        clock = Clock(folded, self.clock.position + by.astype(jnp.uint32))
+        return out, dataclasses.replace(self, ring=ring, clock=clock)
 
-    def _written(self, ring: Ring, k: Array, v: Array, lengths: Array) -> Ring:
-        """The ring with the first `lengths` tokens of a chunk in it."""
+    def _written(self, buffer: Array, new: Array, lengths: Array) -> Array:
+        """A buffer of the ring with the first `lengths` tokens of a chunk in it."""
         S, W = self.policy.sinks, self.policy.window
         ticks = self.clock.ticks[:, None]
         # For each slot, the newest token of the chunk that belongs there.
@@ -148,13 +145,4 @@ class RingCache:
         in_place = (jnp.arange(S + W) < S) | (token >= S)
         lands = (token >= ticks) & (token <= last) & in_place
         source = token - ticks
-        return Ring(write_chunk(ring.k, k, source, lands), write_chunk(ring.v, v, source, lands))
-
-    def _with(self, ring: Ring, by: int | Array) -> Self:
-        """This cache with another ring, `by` tokens on."""
-        S, W = self.policy.sinks, self.policy.window
-        ticks = self.clock.ticks + by
-        folded = jnp.where(ticks < S + W, ticks, S + W + (ticks - S) % W)
-        by = jnp.asarray(by, jnp.uint32)
-        clock = Clock(folded, self.clock.position + by)
-        return dataclasses.replace(self, k=ring.k, v=ring.v, clock=clock)
+        return write_chunk(buffer, new, source, lands)

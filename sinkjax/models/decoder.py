@@ -21,8 +21,9 @@ class Block(nnx.Module):
         self.mlp_norm = nnx.Param(jnp.ones(config.hidden_size, dtype))
         self.mlp = MLP(config, rngs=rngs, dtype=dtype)
 
-    def __call__(self, x, cache, lengths):
-        y, cache = self.attention(rms_norm(x, self.attention_norm[...], self.eps), cache, lengths)
+    def __call__(self, x, cache, lengths, backend):
+        y = rms_norm(x, self.attention_norm[...], self.eps)
+        y, cache = self.attention(y, cache, lengths, backend)
         x = x + y
         return x + self.mlp(rms_norm(x, self.mlp_norm[...], self.eps)), cache
 
@@ -34,7 +35,12 @@ class Decoder(nnx.Module):
         config: its sizes.
         rngs: for random weights; None: zeros. `Decoder.from_weights` takes those of a checkpoint.
         dtype: of parameters and activations. Norms, softmax and logits are float32 regardless.
+
+    Attributes:
+        attention_backend: of the ops of `pallas_kernels`; None: the best that serves.
     """
+
+    attention_backend: str | None = None
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs | None, dtype=jnp.float32):
         self.config = config
@@ -63,7 +69,7 @@ class Decoder(nnx.Module):
         x = self.embed[...][tokens]
         new = []
         for block, cache in zip(self.blocks, caches, strict=True):
-            x, cache = block(x, cache, lengths)
+            x, cache = block(x, cache, lengths, self.attention_backend)
             new.append(cache)
         return rms_norm(x, self.norm[...], self.config.norm_eps), LayerCaches.of(new)
 

@@ -39,7 +39,11 @@ class Attention(nnx.Module):
             self.k_norm = nnx.Param(jnp.ones(D, dtype))
 
     def __call__(
-        self, x: Float[Array, "B T E"], cache: Cache, lengths: Int32[Array, " B"] | None
+        self,
+        x: Float[Array, "B T E"],
+        cache: Cache,
+        lengths: Int32[Array, " B"] | None,
+        backend: str | None,
     ) -> tuple[Float[Array, "B T E"], Cache]:
         c = self.config
         y = x @ self.qkv[...]
@@ -50,7 +54,7 @@ class Attention(nnx.Module):
         if c.qk_norm:
             q = rms_norm(q, self.q_norm[...], c.norm_eps)
             k = rms_norm(k, self.k_norm[...], c.norm_eps)
-        y, cache = cache.attend(q, k, v, c.rotary, lengths)
+        y, cache = cache.attend(q, k, v, c.rotary, lengths, backend)
         y = y.reshape(*x.shape[:2], -1) @ self.out[...]
         return (y + self.out_bias[...] if c.out_bias else y), cache
 

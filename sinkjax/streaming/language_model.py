@@ -16,10 +16,9 @@ from jaxtyping import Array, Float, Int
 from sinkjax.caches import Policy, SinkRing
 from sinkjax.models import Config, Decoder
 from sinkjax.streaming.sampling import Sampling
-from sinkjax.streaming.step import StreamState, decode, prefill, score
+from sinkjax.streaming.step import CHUNK, StreamState, decode, prefill, score
+from sinkjax.streaming.stream import Stream
 from sinkjax.text.tokenizer import Tokenizer
-
-CHUNK = 128  # tokens that one prefill call takes: large enough for full speed on a CPU
 
 
 class LanguageModel:
@@ -29,12 +28,22 @@ class LanguageModel:
         model: the decoder; its weights stay where they are.
         tokenizer: None: only token ids can be streamed and scored.
         name: for messages.
+        attention_backend: of the attention ops: `"reference"`, `"xla"`, `"tpu"` or `"gpu"`; None:
+            the kernel of this platform where there is one.
     """
 
-    def __init__(self, model: Decoder, tokenizer: Tokenizer | None = None, name: str = "model"):
+    def __init__(
+        self,
+        model: Decoder,
+        tokenizer: Tokenizer | None = None,
+        name: str = "model",
+        *,
+        attention_backend: str | None = None,
+    ):
         self.config: Config = model.config
         self.name = name
         self._tokenizer = tokenizer
+        self._attention_backend = attention_backend
         # A step of a small model takes less time than Flax needs to flatten a module, so the
         # compiled functions take the bare arrays, and put the module together when traced.
         self._graph, params = nnx.split(model)
@@ -44,13 +53,20 @@ class LanguageModel:
         self.score = self._compiled(score)
 
     @classmethod
-    def load(cls, source: str | os.PathLike[str], *, dtype: str = "float32") -> "LanguageModel":
+    def load(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        dtype: str = "float32",
+        attention_backend: str | None = None,
+    ) -> "LanguageModel":
         """Loads a model.
 
         Args:
             source: `smollm2-135m-instruct` (fetched once), a GGUF file, a Hugging Face folder, a
                 folder written by `python -m sinkjax.convert`, or a hub id `owner/name`.
             dtype: of weights, activations and cache: `float32` or `bfloat16`.
+            attention_backend: see the class.
 
         Raises:
             ValueError: the source is unknown, damaged, or of an architecture that is not supported.
@@ -59,11 +75,16 @@ class LanguageModel:
         from sinkjax.checkpoints import open_checkpoint
 
         loaded = open_checkpoint(os.fspath(source), dtype=dtype)
-        return cls(loaded.model, loaded.tokenizer, loaded.name)
+        return cls(loaded.model, loaded.tokenizer, loaded.name, attention_backend=attention_backend)
 
     @property
     def model(self) -> Decoder:
-        return nnx.merge(self._graph, jax.tree.unflatten(self._tree, self._leaves))
+        return self._merged(self._leaves)
+
+    def _merged(self, leaves: list[Array]) -> Decoder:
+        model = nnx.merge(self._graph, jax.tree.unflatten(self._tree, leaves))
+        model.attention_backend = self._attention_backend
+        return model
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -81,12 +102,10 @@ class LanguageModel:
         return self._tokenizer.eos_ids if self._tokenizer else ()
 
     def _compiled(self, f: Callable, *, static: tuple[str, ...] = ()) -> "Compiled":
-        graph, tree = self._graph, self._tree
-
         # XLA names a program after its function.
         @functools.wraps(f)
         def g(leaves, *args, **kwargs):
-            return f(nnx.merge(graph, jax.tree.unflatten(tree, leaves)), *args, **kwargs)
+            return f(self._merged(leaves), *args, **kwargs)
 
         return Compiled(jax.jit(g, donate_argnums=1, static_argnames=static), self._leaves)
 
@@ -150,8 +169,6 @@ class LanguageModel:
             ValueError: an empty prompt, or a value out of range.
             CacheFull: a `FullCache` has no place left.
         """
-        from sinkjax.streaming.stream import Stream
-
         stream = Stream(
             self,
             cache=cache or SinkRing(sinks=4, window=1020),

@@ -93,10 +93,11 @@ def _filtered(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "
         kth = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
         logits = jnp.where(logits < kth, -jnp.inf, logits)
     if sampling.top_p < 1:
-        ordered = jnp.sort(jax.nn.softmax(logits), axis=-1, descending=True)
+        shares = jax.nn.softmax(logits)
+        ordered = jnp.sort(shares, axis=-1, descending=True)
         before = jnp.cumsum(ordered, axis=-1) - ordered
         least = jnp.min(jnp.where(before < sampling.top_p, ordered, jnp.inf), -1, keepdims=True)
-        logits = jnp.where(jax.nn.softmax(logits) < least, -jnp.inf, logits)
+        logits = jnp.where(shares < least, -jnp.inf, logits)
     if sampling.min_p > 0:
         floor = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(sampling.min_p)
         logits = jnp.where(logits < floor, -jnp.inf, logits)

@@ -11,6 +11,8 @@ from sinkjax.caches import LayerCaches, Policy
 from sinkjax.models import Decoder
 from sinkjax.streaming.sampling import Sampling, sample
 
+CHUNK = 128  # tokens that one prefill call takes: large enough for full speed on a CPU
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ import numpy as np
 
 from sinkjax.caches import Policy
 from sinkjax.streaming.sampling import Sampling
+from sinkjax.streaming.step import CHUNK
 from sinkjax.text.detokenize import Detokenizer, StopStrings
 
 if TYPE_CHECKING:
@@ -75,11 +76,8 @@ class Stream:
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
         steps_per_call: int = 1,
-        chunk: int | None = None,
+        chunk: int = CHUNK,
     ):
-        from sinkjax.streaming.language_model import CHUNK
-
-        chunk = CHUNK if chunk is None else chunk
         for name, value in dict(steps_per_call=steps_per_call, chunk=chunk).items():
             if value < 1:
                 raise ValueError(f"{name} must be ≥ 1, got {value}")
