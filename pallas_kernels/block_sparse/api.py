@@ -84,7 +84,15 @@ def block_sparse_attention(
     listed &= jnp.arange(count_k) * block_k <= last[:, None]
     places = Places(q_ticks, k_ticks, jnp.zeros_like(q_ticks), None, listed)
     rule = Rule(0, None, D**-0.5 if scale is None else scale, soft_cap)
-    call = Call(rule, block_q, block_k, min(blocks.shape[3], count_k), q.dtype, interpret)
+    call = Call(
+        rule,
+        block_q,
+        block_k,
+        min(blocks.shape[3], count_k),
+        q.dtype,
+        interpret,
+        lists=blocks.shape[0] * blocks.shape[1],
+    )
     x = Inputs(q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), None)
     name = choose("block_sparse_attention", backend, refusals(x, lambda _: call), default="xla")
     out, lse = attention(name, call, x, places)

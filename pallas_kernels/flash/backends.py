@@ -10,6 +10,7 @@ from jax import Array
 
 from pallas_kernels.backends import choose
 from pallas_kernels.flash.call import Call, Inputs, Places
+from pallas_kernels.flash.pairs import bound
 from pallas_kernels.flash.rule import Rule, block_map, most_blocks
 from pallas_kernels.flash.vjp import attention as differentiable
 
@@ -21,6 +22,7 @@ def attention(
     rule: Rule,
     places: tuple[Array, Array, Array, Array | None],
     own: bool,
+    packed: bool = False,
     out_dtype: Any,
     backend: str | None,
     block_sizes: tuple[int, int] | None,
@@ -30,7 +32,8 @@ def attention(
 
     Args:
         places: `q_ticks`, `k_ticks`, `q_starts` and `slopes` of `Places`.
-        own: the keys are the chunk's own, their ticks in order.
+        own: the keys are the chunk's own, their ticks in order; else they are a ring's.
+        packed: sequences begin anywhere in the chunk.
     """
     q_ticks, k_ticks, q_starts, slopes = places
     T, K = x.q.shape[2], x.k.shape[2]
@@ -38,7 +41,8 @@ def attention(
     def call(name: str) -> Call:
         block_q, block_k = block_sizes or sizes(name, x)
         most = most_blocks(rule, T, K, block_q, block_k) if own else -(-K // block_k)
-        return Call(rule, block_q, block_k, most, out_dtype, interpret)
+        pairs = bound(rule, T, K, block_q, block_k, own=own, packed=packed)
+        return Call(rule, block_q, block_k, most, out_dtype, interpret, pairs, not packed)
 
     name = choose(op, backend, refusals(x, call), default="xla")
     chosen = call(name)

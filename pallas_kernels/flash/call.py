@@ -12,6 +12,8 @@ from pallas_kernels.flash.rule import Rule
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int32
 
+    from pallas_kernels.flash.pairs import Bound
+
 
 class Call(NamedTuple):
     """The static part of a call. Hashable.
@@ -22,6 +24,10 @@ class Call(NamedTuple):
         most: key blocks that `Places.blocks` lists for any one query block, at most.
         out_dtype: of the output.
         interpret: parameters of Pallas' interpret mode; None: compiled.
+        bound: block pairs that one of the lists in `Places.blocks` has at most; None: `most` for
+            every query block.
+        sinks_first: sinks are among the first S keys; else they may be anywhere.
+        lists: Bb · Hb of `Places.blocks`; None: B.
     """
 
     rule: Rule
@@ -30,6 +36,9 @@ class Call(NamedTuple):
     most: int
     out_dtype: DTypeLike
     interpret: Any = None
+    bound: Bound | None = None
+    sinks_first: bool = False
+    lists: int | None = None
 
 
 class Inputs(NamedTuple):

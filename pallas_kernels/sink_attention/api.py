@@ -99,6 +99,7 @@ def sink_attention(
             rule=rule,
             places=(q_ticks, k_ticks, q_starts, alibi_slopes),
             own=own,
+            packed=segment_ids is not None,
             out_dtype=q.dtype if ring is None and sink_logits is None else jnp.float32,
             backend=backend,
             block_sizes=block_sizes,

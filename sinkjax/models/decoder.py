@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from sinkjax.caches import LayerCaches, Policy
 from sinkjax.models.config import Config
-from sinkjax.models.layers import MLP, Attention, matrix, rms_norm
+from sinkjax.models.layers import MLP, Attention, embedded, matrix, rms_norm
 
 
 class Block(nnx.Module):
@@ -66,7 +66,7 @@ class Decoder(nnx.Module):
             caches: from `init_caches`, or from the call before.
             lengths: how many of the T tokens of each row are real; None: all.
         """
-        x = self.embed[...][tokens]
+        x = embedded(self.embed[...], tokens)
         new = []
         for block, cache in zip(self.blocks, caches, strict=True):
             x, cache = block(x, cache, lengths, self.attention_backend)
@@ -97,7 +97,7 @@ class Decoder(nnx.Module):
             batch=batch,
             kv_heads=c.kv_heads,
             head_dim=c.head_dim,
-            dtype=self.embed[...].dtype,
+            dtype=self.embed.dtype,
         )
 
     def weights(self) -> dict[str, Array]:

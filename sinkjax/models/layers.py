@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int, Int32
 
 from sinkjax.caches import Cache
 from sinkjax.models.config import Config
@@ -21,6 +21,14 @@ def matrix(rngs: nnx.Rngs | None, shape: tuple[int, int], dtype, *, fan_in: int)
     if rngs is None:
         return nnx.Param(jnp.zeros(shape, dtype))
     return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * fan_in**-0.5)
+
+
+def embedded(table: Float[Array, "V E"], tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
+    """The rows of a table. A few rows are sliced one by one."""
+    if tokens.size > 64:
+        return table[tokens]
+    rows = [jax.lax.dynamic_index_in_dim(table, t, keepdims=False) for t in tokens.reshape(-1)]
+    return jnp.stack(rows).reshape(*tokens.shape, -1)
 
 
 class Attention(nnx.Module):
@@ -46,7 +54,9 @@ class Attention(nnx.Module):
         backend: str | None,
     ) -> tuple[Float[Array, "B T E"], Cache]:
         c = self.config
-        y = x @ self.qkv[...]
+        # XLA for TPU else folds the split into heads into the product, for which it copies the
+        # matrix to another layout at every call.
+        y = jax.lax.optimization_barrier(x @ self.qkv[...])
         if c.qkv_bias:
             y = y + self.qkv_bias[...]
         y = y.reshape(*x.shape[:2], -1, c.head_dim)

@@ -41,7 +41,7 @@ class StreamState:
         caches = model.init_caches(policy, batch=batch)
         return cls(
             caches,
-            jnp.zeros((batch, model.config.hidden_size), model.embed[...].dtype),
+            jnp.zeros((batch, model.config.hidden_size), model.embed.dtype),
             jnp.full((batch, sampling.memory), -1, jnp.int32),
             seeds,
             jnp.zeros(batch, bool),

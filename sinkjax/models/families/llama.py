@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from sinkjax.models.config import Config
 from sinkjax.models.families.common import OUT_BIAS, QKV_BIAS, WEIGHTS, Family, Shapes, Values
 
 
@@ -26,3 +27,47 @@ FAMILY = Family(
     from_gguf=_from_gguf,
     permuted=True,
 )
+
+# Sizes alone, to ask a compiler about a model without its weights.
+PRESETS = {
+    "llama-2-7b": Config(
+        family="llama",
+        vocab_size=32_000,
+        hidden_size=4096,
+        intermediate_size=11_008,
+        layers=32,
+        heads=32,
+        kv_heads=32,
+        head_dim=128,
+        norm_eps=1e-5,
+        rope_base=10_000.0,
+        trained_context=4096,
+    ),
+    "llama-3-8b": Config(
+        family="llama",
+        vocab_size=128_256,
+        hidden_size=4096,
+        intermediate_size=14_336,
+        layers=32,
+        heads=32,
+        kv_heads=8,
+        head_dim=128,
+        norm_eps=1e-5,
+        rope_base=500_000.0,
+        trained_context=8192,
+    ),
+    "smollm2-135m": Config(
+        family="llama",
+        vocab_size=49_152,
+        hidden_size=576,
+        intermediate_size=1536,
+        layers=30,
+        heads=9,
+        kv_heads=3,
+        head_dim=64,
+        norm_eps=1e-5,
+        rope_base=100_000.0,
+        trained_context=8192,
+        tied_embeddings=True,
+    ),
+}
