@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # read when jax is imported, here and in commands
+# The interpreter of GPU kernels blocks a thread of XLA's pool for each warpgroup: with as many
+# threads as a small machine has cores, it would wait for ever.
+os.environ.setdefault("PJRT_NPROC", "16")
 
 import jax.numpy as jnp
 import pytest

@@ -48,8 +48,8 @@ def decode(
     peak = jnp.max(jnp.stack([jnp.max(s, axis=-1) for s in scores]), axis=0)[..., None]
     weights = [jnp.exp(s - peak) for s in scores]  # a token sees itself: no peak is −inf
     total = sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
-    values = (_values(w, s) for w, (s, _) in zip(weights, sources, strict=True))
-    out = sum(values) / total
+    values = [_values(w, s) for w, (s, _) in zip(weights, sources, strict=True)]
+    out = jnp.asarray(sum(values)) / total
     lse = (peak + jnp.log(total))[..., 0]
     B, H, _, D = q.shape
     return out.reshape(B, H, T, D), lse.reshape(B, H, T), after
