@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax import Array
@@ -30,9 +31,7 @@ def sharded(
     Raises:
         ValueError: called with rows or heads that the axis does not divide.
     """
-    ring = Ring(
-        P(batch, heads, None, None), P(batch, heads, None, None), P(batch, heads), P(batch, heads)
-    )
+    ring = (P(batch, heads, None, None),) * 2 + (P(batch, heads),) * 2
     tokens = P(batch, None, heads, None)
     specs = dict(
         q=tokens,
@@ -45,12 +44,13 @@ def sharded(
         alibi_slopes=P(heads),
     )
 
-    def held(r: Ring) -> Ring:
-        return Ring(*(None if x is None else spec for x, spec in zip(r, ring, strict=True)))
+    def held(r: Ring) -> Any:
+        specs: list[Any] = [None if x is None else s for x, s in zip(r, ring, strict=True)]
+        return Ring(*specs)
 
     def call(*args, **kwargs):
         given = inspect.signature(op).bind(*args, **kwargs).arguments
-        arrays = {n: x for n, x in given.items() if isinstance(x, Array | Ring)}
+        arrays: dict[str, Any] = {n: x for n, x in given.items() if isinstance(x, Array | Ring)}
         rest = {n: x for n, x in given.items() if n not in arrays}
         for axis, sizes in (
             (batch, (given["q"].shape[0],)),
@@ -62,7 +62,7 @@ def sharded(
                     f"{op.__name__}: {' and '.join(map(str, sizes))} {what} do not divide over "
                     f"the {mesh.shape[axis]} devices of mesh axis {axis!r}"
                 )
-        in_specs = {n: specs.get(n) for n in arrays}
+        in_specs: dict[str, Any] = {n: specs.get(n) for n in arrays}
         if "ring" in arrays:
             in_specs["ring"] = held(arrays["ring"])
         if "blocks" in arrays:

@@ -2,13 +2,8 @@
 for an H200."""
 
 import dataclasses
-import os
 import sys
 import types
-
-# Each warpgroup of the interpreter blocks a thread of XLA's pool, which else has one per core: on
-# two cores three warpgroups would wait for each other for ever. Read when a backend first starts.
-os.environ.setdefault("PJRT_NPROC", "16")
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
