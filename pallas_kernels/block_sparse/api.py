@@ -91,7 +91,7 @@ def block_sparse_attention(
         min(blocks.shape[3], count_k),
         q.dtype,
         interpret,
-        lists=blocks.shape[0] * blocks.shape[1],
+        lists=(blocks.shape[0], blocks.shape[1]),
     )
     x = Inputs(q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), None)
     name = choose("block_sparse_attention", backend, refusals(x, lambda _: call), default="xla")

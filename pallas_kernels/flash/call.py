@@ -27,7 +27,7 @@ class Call(NamedTuple):
         bound: block pairs that one of the lists in `Places.blocks` has at most; None: `most` for
             every query block.
         sinks_first: sinks are among the first S keys; else they may be anywhere.
-        lists: Bb · Hb of `Places.blocks`; None: B.
+        lists: Bb and Hb of `Places.blocks`; None: B and 1.
     """
 
     rule: Rule
@@ -38,7 +38,7 @@ class Call(NamedTuple):
     interpret: Any = None
     bound: Bound | None = None
     sinks_first: bool = False
-    lists: int | None = None
+    lists: tuple[int, int] | None = None
 
 
 class Inputs(NamedTuple):

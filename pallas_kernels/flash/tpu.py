@@ -11,10 +11,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
-from pallas_kernels.flash import pairs
+from pallas_kernels.flash import pairs, tpu_backward, tpu_parts
 from pallas_kernels.flash.call import Call, Inputs, Places
-from pallas_kernels.flash.pairs import FAR, FIRST, LAST, NEAR, Bound
-from pallas_kernels.flash.tpu_backward import backward
+from pallas_kernels.flash.pairs import FAR, FIRST, LAST, NEAR
 from pallas_kernels.flash.tpu_blocks import (
     Grid,
     Step,
@@ -26,11 +25,8 @@ from pallas_kernels.flash.tpu_blocks import (
     where_of,
 )
 
-__all__ = ["backward", "block_sizes", "forward", "refuses"]
-
 MOST_SCORES = 512 * 512  # of a block: 1 MiB, and some six of them at a time going backward
 HEAD_DIMS = (64, 80, 96, 128, 256)
-LIST_ROOM = 512 * 1024  # bytes of scalar memory for the lists
 ROOM = 512 * 1024  # bytes of VMEM for a block of queries; see `tpu_blocks.cut`
 
 
@@ -60,17 +56,27 @@ def refuses(call: Call, x: Inputs) -> str | None:
         return (
             f"blocks of {block_q} x {block_k}: more than VMEM holds, expected {MOST_SCORES} scores"
         )
-    lists = B if call.lists is None else call.lists
-    count_q, count_k = -(-T // call.block_q), -(-K // call.block_k)
-    bound = call.bound or Bound(count_q * call.most)
-    size = 4 * lists * (bound.near + bound.far + max(count_q, count_k))
-    if size > LIST_ROOM:
-        return f"lists of block pairs of {size} bytes: scalar memory has {LIST_ROOM} for them"
+    if tpu_parts.count(call, x) is None:
+        return (
+            f"lists of block pairs of {tpu_parts.list_bytes(call, x)} bytes: scalar memory has "
+            f"{tpu_parts.LIST_ROOM} for them"
+        )
     return None
 
 
 def forward(call: Call, x: Inputs, places: Places) -> tuple[Array, Array]:
     """As `reference.forward`."""
+    return tpu_parts.in_parts(_forward, call, x, places)
+
+
+def backward(
+    call: Call, x: Inputs, places: Places, lse: Array, delta: Array, dout: Array
+) -> Inputs:
+    """As `xla.backward`."""
+    return tpu_parts.in_parts(tpu_backward.backward, call, x, places, lse, delta, dout)
+
+
+def _forward(call: Call, x: Inputs, places: Places) -> tuple[Array, Array]:
     c = cut(call, x, places, ROOM)
     bound = bound_of(call, c)
     state = pairs.states(call, places, x.q_sinks is not None)
