@@ -5,11 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import jax
+from jax import Array
+from jax.core import Tracer
 
 Refusal = Callable[[], str | None]
 
 
-def choose(op: str, backend: str | None, refusals: Mapping[str, Refusal], default: str) -> str:
+def choose(
+    op: str,
+    backend: str | None,
+    refusals: Mapping[str, Refusal],
+    *,
+    default: str,
+    array: Array,
+    interpret: object,
+) -> str:
     """The backend of one call of an op.
 
     Args:
@@ -18,6 +28,9 @@ def choose(op: str, backend: str | None, refusals: Mapping[str, Refusal], defaul
         refusals: by backend, best first: says why it can't serve this call, or None if it can.
             A backend named like a platform of jax ("tpu", "gpu") is chosen by itself there alone.
         default: what serves everywhere.
+        array: an argument of the call. Under `jit` it does not say where it lies, and a kernel
+            that is then compiled for another platform is refused by Pallas.
+        interpret: not None: kernels are interpreted, on any platform.
 
     Raises:
         ValueError: the named backend is unknown, or can't serve; the message says why.
@@ -29,4 +42,11 @@ def choose(op: str, backend: str | None, refusals: Mapping[str, Refusal], defaul
         raise ValueError(f"{op} has the backends {', '.join(refusals)}, got {backend!r}")
     if why := refusals[backend]():
         raise ValueError(f"{op}: backend {backend!r} can't serve this call: {why}")
+    if backend in ("tpu", "gpu") and interpret is None and not isinstance(array, Tracer):
+        platforms = sorted({device.platform for device in array.devices()})
+        if platforms != [backend]:
+            raise ValueError(
+                f"{op}: backend {backend!r} can't serve this call: the arrays are on "
+                f"{' and '.join(platforms)}; leave backend out, or name 'reference'"
+            )
     return backend

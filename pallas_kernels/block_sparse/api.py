@@ -94,7 +94,14 @@ def block_sparse_attention(
         lists=(blocks.shape[0], blocks.shape[1]),
     )
     x = Inputs(q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), None)
-    name = choose("block_sparse_attention", backend, refusals(x, lambda _: call), default="xla")
+    name = choose(
+        "block_sparse_attention",
+        backend,
+        refusals(x, lambda _: call),
+        default="xla",
+        array=x.q,
+        interpret=interpret,
+    )
     out, lse = attention(name, call, x, places)
     out = out.swapaxes(1, 2)
     return (out, lse.swapaxes(1, 2)) if return_lse else out

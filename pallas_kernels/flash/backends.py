@@ -44,7 +44,7 @@ def attention(
         pairs = bound(rule, T, K, block_q, block_k, own=own, packed=packed)
         return Call(rule, block_q, block_k, most, out_dtype, interpret, pairs, not packed)
 
-    name = choose(op, backend, refusals(x, call), default="xla")
+    name = choose(op, backend, refusals(x, call), default="xla", array=x.q, interpret=interpret)
     chosen = call(name)
     blocks = block_map(rule, q_ticks, k_ticks, q_starts, chosen.block_q, chosen.block_k)
     where = Places(q_ticks, k_ticks, q_starts, slopes, blocks[:, None])

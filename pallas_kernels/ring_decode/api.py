@@ -89,6 +89,8 @@ def ring_decode(
             "reference": lambda: None,
         },
         default="reference",
+        array=by_head[0],
+        interpret=interpret,
     )
     out, lse, ring = module(name).decode(*arguments)
     if sink_logits is not None:

@@ -446,6 +446,10 @@ def decode(T=1, D=8, **options):
         (lambda: decode(backend="tpu"), "backend 'tpu' can't serve this call: .*head_dim 8"),
         (lambda: attention(backend="tpu"), "backend 'tpu' can't serve this call: .*head_dim 8"),
         (lambda: attention(backend="gpu"), "backend 'gpu' can't serve this call: .*"),
+        (
+            lambda: decode(D=64, ring=empty_ring(1, 2, 12, 64, jnp.float32), backend="tpu"),
+            "ring_decode: backend 'tpu' can't serve this call: the arrays are on cpu",
+        ),
     ],
 )
 def test_bad_input(call, message):

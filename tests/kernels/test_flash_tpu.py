@@ -302,3 +302,21 @@ def test_refuses():
     x = jnp.ones((1, 1 << 15, 1, 64), jnp.bfloat16)
     with pytest.raises(ValueError, match="scalar memory"):
         jax.eval_shape(lambda x: sink_attention(x, x, x, backend="tpu", block_sizes=(32, 32)), x)
+
+
+@pytest.mark.parametrize("name", ["v5e", "v5p", "v6e", "tpu7x"])
+def test_lists_compile(name):
+    """Forward and backward; with a list per head that scalar memory holds only in parts."""
+    T, H, Hkv, N = (32_768, 32, 8, 32) if name == "v5e" else (512, 4, 2, 2)
+    sharding = targets.sharding(name)
+
+    def array(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    def loss(q, k, v, blocks):
+        out = block_sparse_attention(q, k, v, blocks, block_sizes=(128, 128), backend="tpu")
+        return jnp.sum(out.astype(jnp.float32))
+
+    shapes = [array(1, T, heads, 128) for heads in (H, Hkv, Hkv)]
+    blocks = array(1, H, T // 128, N, dtype=jnp.int32)
+    jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*shapes, blocks).compile()
