@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -13,6 +14,7 @@ from pallas_kernels.flash.call import Call, Inputs, Places
 from pallas_kernels.flash.pairs import bound
 from pallas_kernels.flash.rule import Rule, block_map, most_blocks
 from pallas_kernels.flash.vjp import attention as differentiable
+from pallas_kernels.tuning import tuned
 
 
 def attention(
@@ -67,7 +69,11 @@ def _serves() -> None:
 
 
 def sizes(backend: str, x: Inputs) -> tuple[int, int]:
-    """Queries and keys that a backend takes at a time."""
+    """Queries and keys that a backend takes at a time: tuned for this device, or its default."""
+    here = "xla" if jax.default_backend() == "cpu" else jax.default_backend()
+    found = tuned("flash", x.q.shape[3], x.q.dtype) if backend == here else None
+    if found is not None:
+        return found[0], found[1]
     if backend in ("tpu", "gpu"):
         module = importlib.import_module(f"pallas_kernels.flash.{backend}")
         return module.block_sizes(x.q.shape[3], jnp.dtype(x.q.dtype))

@@ -14,6 +14,7 @@ from pallas_kernels.flash.rule import Rule
 from pallas_kernels.flash.vjp import merged
 from pallas_kernels.ring import Ring, stored
 from pallas_kernels.ring_decode.call import Call
+from pallas_kernels.tuning import tuned
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int32
@@ -68,9 +69,10 @@ def ring_decode(
     check_ring("ring_decode", ring, ticks, B, k.shape[2], D, sinks, window)
     if window < T:
         raise ValueError(f"ring_decode: window {window} is shorter than the {T} new tokens")
-    call = Call(
-        Rule(sinks, window, D**-0.5 if scale is None else scale, soft_cap), block_size, interpret
-    )
+    if block_size is None and interpret is None:
+        (block_size,) = tuned("ring_decode", D, ring.k.dtype) or (None,)
+    rule = Rule(sinks, window, D**-0.5 if scale is None else scale, soft_cap)
+    call = Call(rule, block_size, interpret)
 
     new = stored(k.swapaxes(1, 2), v.swapaxes(1, 2), ring.k.dtype)
     by_head = [None if x is None else x.swapaxes(1, 2) for x in (q, q_sinks)]
