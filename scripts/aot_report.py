@@ -226,8 +226,8 @@ def main(argv: list[str]) -> None:
         + (f"; {FLAGS.layers} layers of each model" if FLAGS.layers else "")
         + ". A program that needs more memory than the chip has is refused by the compiler: that "
         "model takes several chips. What XLA says of bytes and operations covers TPUs alone. On "
-        "tpu7x XLA copies bfloat16 weights to another tiling at each call, and on all TPUs the tied "
-        "embedding of SmolLM2: those ratios are not what a kernel costs.",
+        "tpu7x XLA copies bfloat16 weights to another tiling at each call, and on all TPUs the "
+        "tied embedding of SmolLM2: those ratios are not what a kernel costs.",
         "",
     ]
     for target in FLAGS.targets:
