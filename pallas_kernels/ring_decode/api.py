@@ -51,8 +51,8 @@ def ring_decode(
         ticks: how many there were, folded or not (see `sink_attention`).
         sinks, window: S ≥ 0 and W ≥ T.
         q_sinks, sink_logits, alibi_slopes, soft_cap, scale, return_lse: see `sink_attention`.
-        backend: `"tpu"`, `"gpu"` or `"reference"`; None: the kernel of this platform where it
-            serves the call, else the reference.
+        backend: `"tpu"`, `"gpu"` or `"reference"` (`"xla"` is the same here); None: the kernel of
+            this platform where it serves the call, else the reference.
         block_size: slots that a kernel takes at a time; None: from its table.
         interpret: Pallas' interpret parameters, to run a kernel without its hardware.
 
@@ -80,6 +80,7 @@ def ring_decode(
     arguments = (call, *by_head, new, ring, ticks, slopes)
 
     def module(name: str):
+        name = "reference" if name == "xla" else name  # plain JAX has one form of this op
         return importlib.import_module(f"pallas_kernels.ring_decode.{name}")
 
     name = choose(
@@ -88,6 +89,7 @@ def ring_decode(
         {
             "tpu": lambda: module("tpu").refuses(*arguments),
             "gpu": lambda: module("gpu").refuses(*arguments),
+            "xla": lambda: None,
             "reference": lambda: None,
         },
         default="reference",

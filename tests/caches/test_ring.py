@@ -278,6 +278,16 @@ def test_bad_sizes_are_refused(make, message):
 
 
 @pytest.mark.parametrize("policy", [SinkRing(4, 20), FullCache(64)])
+@pytest.mark.parametrize("T", [1, 7])
+def test_a_backend_named_serves_chunks_and_single_tokens(policy, T):
+    q, k, v = (x[:, :T] for x in inputs(64, 4, 2))
+    cache = policy.init(batch=1, kv_heads=2, head_dim=D)
+    plain, _ = cache.attend(q, k, v, None, backend="reference")
+    blocks, _ = cache.attend(q, k, v, None, backend="xla")
+    assert error(np.asarray(blocks), np.asarray(plain)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("policy", [SinkRing(4, 20), FullCache(64)])
 @pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8", "int4"])
 def test_quantised_caches_give_the_same_in_any_chunks(policy, kv_dtype):
     """What a token sees of the others is what the cache keeps of them, in a chunk as alone."""
