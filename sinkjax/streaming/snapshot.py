@@ -27,7 +27,7 @@ from sinkjax.streaming.step import StreamState
 from sinkjax.streaming.stream import Output, Row, Stream
 from sinkjax.text.detokenize import Detokenizer, StopStrings
 
-_FORMAT = 1
+_FORMAT = 2
 _KEPT = 2  # snapshots: the newest, and the one before it in case that a disk loses the newest
 _POLICIES: dict[str, type] = {"SinkRing": SinkRing, "FullCache": FullCache}
 
