@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -9,10 +10,12 @@ from typing import NoReturn
 import jax
 from absl import app, flags
 
+from sinkjax import mesh
 from sinkjax.checkpoints.builtin import cache_folder
 from sinkjax.streaming import LanguageModel
 
 FLAGS = flags.FLAGS
+_PROCESS_FLAGS = ("coordinator_address", "num_processes", "process_id")
 
 
 def define_model_flags() -> None:
@@ -31,12 +34,39 @@ def define_model_flags() -> None:
         ["reference", "xla", "tpu", "gpu"],
         "How attention is computed; by default, the kernel of this platform where there is one.",
     )
+    flags.DEFINE_string(
+        "mesh",
+        None,
+        "The devices to spread the model (its heads, MLPs and vocabulary) and the rows of a batch "
+        "over, such as model=4,data=2; by default, one.",
+    )
+
+
+def define_process_flags() -> None:
+    """The flags by which processes of one program on several hosts find each other."""
+    flags.DEFINE_string(
+        "coordinator_address",
+        None,
+        "host:port of process 0, where a program runs on several hosts. Not needed on TPU pods, "
+        "nor under Slurm or Open MPI: they are found.",
+    )
+    flags.DEFINE_integer("num_processes", None, "Of the program; see --coordinator_address.")
+    flags.DEFINE_integer("process_id", None, "Of this process: 0, 1, …")
 
 
 def load_model() -> LanguageModel:
-    """The model that the flags name."""
+    """The model that the flags name, on the devices that they name."""
+    if FLAGS.mesh is None and mesh.several():
+        devices = jax.device_count()
+        raise ValueError(
+            f"{jax.process_count()} processes run this command: say how their {devices} devices "
+            f"share the work, for example --mesh model={devices}"
+        )
     return LanguageModel.load(
-        FLAGS.model, dtype=FLAGS.dtype, attention_backend=FLAGS.attention_backend
+        FLAGS.model,
+        dtype=FLAGS.dtype,
+        attention_backend=FLAGS.attention_backend,
+        mesh=None if FLAGS.mesh is None else mesh.make(FLAGS.mesh),
     )
 
 
@@ -51,11 +81,18 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
         main: takes the positional arguments; raises `app.UsageError` where they are wrong.
     """
 
+    define_process_flags()
+
     def parse(argv: list[str]) -> list[str]:
+        rest, problem = argv, None
         try:
             rest = FLAGS(argv)
         except flags.Error as error:
-            _fail(f"{error} (--help lists the flags)")
+            problem = f"{error} (--help lists the flags)"
+        try:
+            _join(argv, rest, problem)
+        except ValueError as error:
+            _fail(str(error))
         if jax.config.jax_compilation_cache_dir is None:  # a step takes ten seconds to compile
             jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
         verbosity = FLAGS["verbosity"]
@@ -72,11 +109,49 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
         except (app.UsageError, ValueError, OSError) as error:
             _fail(str(error))
         except KeyboardInterrupt:
-            sys.exit(130)
+            mesh.leave(130)
+        except Exception:
+            if not mesh.several():
+                raise
+            traceback.print_exc()
+            mesh.leave(1)
 
     app.run(guarded, flags_parser=parse)
 
 
+def _join(argv: list[str], rest: list[str], problem: str | None) -> None:
+    """Joins the other processes, and sees to it that all were started alike. Raises ValueError.
+
+    A process that was started with wrong flags joins too, so that the others hear of it.
+    """
+    if problem is None:
+        place = [FLAGS[name].value for name in _PROCESS_FLAGS]
+    else:
+        place = [_said(argv, name) for name in _PROCESS_FLAGS]
+    try:
+        mesh.initialize(*place)
+    except ValueError as error:
+        raise ValueError(problem or str(error)) from error
+    with mesh.together("reading the flags"):
+        if problem is not None:
+            raise ValueError(problem)
+    own = ("coordinator_address", "process_id")
+    values = {n: v for n, v in FLAGS.flag_values_dict().items() if n not in own}
+    mesh.agree("their flags", "\n".join([*(f"--{n}={v!r}" for n, v in values.items()), *rest[1:]]))
+    if not mesh.is_main():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+
+
+def _said(argv: list[str], name: str) -> str | int | None:
+    """The value of a flag, where other flags are wrong."""
+    for i, said in enumerate(argv[1:], 1):
+        flag, _, value = said.lstrip("-").partition("=")
+        if said.startswith("-") and flag == name:
+            value = value or (argv[i + 1] if i + 1 < len(argv) else "")
+            return int(value) if value.isdigit() else value
+    return None
+
+
 def _fail(message: str) -> NoReturn:
     print(f"{Path(sys.argv[0]).stem}: {message}", file=sys.stderr)
-    sys.exit(2)
+    mesh.leave(2)

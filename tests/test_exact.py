@@ -60,8 +60,8 @@ def test_streaming_logits_are_exact(smollm2, ids, exact_logits, start, chunk):
     allows 1e-3."""
     model = smollm2.model
     caches = model.init_caches(sj.SinkRing(SINKS, WINDOW))
-    clock = dataclasses.replace(caches.clock, position=jnp.asarray([start], jnp.uint32))
-    caches = dataclasses.replace(caches, clock=clock)
+    clock = dataclasses.replace(caches.clocks[0], position=jnp.asarray([start], jnp.uint32))
+    caches = dataclasses.replace(caches, clocks=(clock,))
     surprises = []
     for at in range(0, TOKENS - 1, chunk):
         part = np.zeros((2, 1, chunk), np.int32)

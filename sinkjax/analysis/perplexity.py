@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
 from sinkjax.caches import FullCache, Policy, SinkRing
 from sinkjax.checkpoints.builtin import TEXTS, fetch_text
+from sinkjax.mesh import fetch
+from sinkjax.models import Decoder
 from sinkjax.streaming import LanguageModel, nll
-from sinkjax.streaming.step import CHUNK
+from sinkjax.streaming.step import CHUNK, StreamState
 from sinkjax.text.tokenizer import Tokenizer
 
 MODES = ("dense", "window", "recompute", "streaming")
@@ -187,7 +189,8 @@ def _recomputed(
     chunk: int,
     meter: "Meter",
 ) -> Float[np.ndarray, " M"]:
-    model, policy = lm.model, FullCache(capacity)
+    policy = FullCache(capacity)
+    newest = lm.compiled(_newest_log_p, lambda state, rows: (state, P(rows)))
     out = []
     for first in range(0, len(positions), _WINDOWS):
         ends = positions[first : first + _WINDOWS] + 1
@@ -200,10 +203,14 @@ def _recomputed(
             for row, part in enumerate(w[start : start + chunk] for w in windows):
                 tokens[row, : len(part)], lengths[row] = part, len(part)
             state = lm.prefill(state, tokens, lengths)
-        log_p = jax.nn.log_softmax(model.logits(state.hidden))
-        out.append(-np.asarray(log_p[jnp.arange(len(ends)), ids[ends]]))
+        state, log_p = newest(state)
+        out.append(-fetch(log_p)[np.arange(len(ends)), ids[ends]])
         meter(len(ends))
     return np.concatenate(out)
+
+
+def _newest_log_p(model: Decoder, state: StreamState) -> tuple[StreamState, Array]:
+    return state, jax.nn.log_softmax(model.logits(state.hidden))
 
 
 class Meter:

@@ -11,12 +11,13 @@ from typing import Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 from tqdm import tqdm
 
 from sinkjax.analysis.perplexity import check_modes, policy_of
 from sinkjax.caches import LayerCaches, Policy
+from sinkjax.mesh import fetch
 from sinkjax.models import Decoder
 from sinkjax.streaming import LanguageModel
 from sinkjax.streaming.step import CHUNK
@@ -202,26 +203,24 @@ def _read(
     progress: Callable[[int], object],
 ) -> tuple[Int[np.ndarray, " N-1"], Float[np.ndarray, " N-1"]]:
     """The token that was expected in place of each but the first, and the surprise at each."""
-    graph, params = nnx.split(lm.model)
-
-    def step(
-        params: nnx.State, caches: LayerCaches, tokens: Array, targets: Array, lengths: Array
-    ) -> tuple[LayerCaches, Array, Array]:
-        model: Decoder = nnx.merge(graph, params)
-        hidden, caches = model(tokens, caches, lengths)
-        log_p = jax.nn.log_softmax(model.logits(hidden))
-        surprise = -jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
-        return caches, jnp.argmax(log_p, axis=-1), surprise
-
-    compiled = jax.jit(step, donate_argnums=1)
-    caches = lm.model.init_caches(policy)
+    step = lm.compiled(_scored, lambda caches, rows: (caches, P(rows), P(rows)))
+    caches = lm.init_caches(policy)
     likeliest, nll = [], []
     for start in range(0, len(ids) - 1, chunk):
         length = min(chunk, len(ids) - 1 - start)
         pair = np.zeros((2, 1, chunk), np.int32)
         pair[:, 0, :length] = ids[start : start + length], ids[start + 1 : start + 1 + length]
-        caches, best, surprise = compiled(params, caches, *pair, np.asarray([length], np.int32))
-        likeliest.append(np.asarray(best)[0, :length])
-        nll.append(np.asarray(surprise)[0, :length])
+        caches, best, surprise = step(caches, *pair, np.asarray([length], np.int32))
+        likeliest.append(fetch(best)[0, :length])
+        nll.append(fetch(surprise)[0, :length])
         progress(length)
     return np.concatenate(likeliest), np.concatenate(nll)
+
+
+def _scored(
+    model: Decoder, caches: LayerCaches, tokens: Array, targets: Array, lengths: Array
+) -> tuple[LayerCaches, Array, Array]:
+    hidden, caches = model(tokens, caches, lengths)
+    log_p = jax.nn.log_softmax(model.logits(hidden))
+    surprise = -jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
+    return caches, jnp.argmax(log_p, axis=-1), surprise

@@ -10,12 +10,15 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.ring import Ring, empty_ring
 from sinkjax.caches.protocol import (
+    PLAIN,
     Clock,
     Positions,
+    Scores,
     check_init,
     check_kv_dtype,
     rotated,
     through_ring,
+    within,
     write_chunk,
 )
 
@@ -85,6 +88,8 @@ class DenseCache:
         v: Float[Array, "B T Hkv D"],
         positions: Positions | None,
         lengths: Int32[Array, " B"] | None = None,
+        *,
+        scores: Scores = PLAIN,
         backend: str | None = None,
     ) -> tuple[Float[Array, "B T H D"], Self]:
         """See `Cache.attend`. Every token sees itself and all before it.
@@ -96,6 +101,7 @@ class DenseCache:
         """
         B, T = q.shape[:2]
         ticks = self.clock.ticks
+        positions = within(positions, self.policy.capacity)
         at = self.clock.position[:, None] + jnp.arange(T, dtype=jnp.uint32)
         q, k = rotated(positions, q, at), rotated(positions, k, at)
         by = jnp.full(B, T, jnp.int32) if lengths is None else lengths
@@ -112,6 +118,7 @@ class DenseCache:
             window=self.policy.capacity,
             lengths=lengths,
             write=lambda buffer, new: _write_span(buffer, new, ticks, by),
+            scores=scores,
             backend=backend,
         )
         out = jnp.where(overfull[:, None, None, None], jnp.nan, out)

@@ -6,7 +6,7 @@ frozen pytree of fixed shape for one layer, whose one verb is `attend`.
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self, cast
 
 import jax
 import jax.numpy as jnp
@@ -46,11 +46,34 @@ class Clock:
         return cls(jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.uint32))
 
 
+class Scores(NamedTuple):
+    """How a model's attention scores differ from q · k / √D. See `sink_attention` for each.
+
+    Attributes:
+        scale: None: 1/√D.
+        soft_cap: None: none.
+        sink_logits: `[H]`, float32: a learned logit per head in each softmax.
+        alibi_slopes: `[H]`, float32: linear biases.
+    """
+
+    scale: float | None = None
+    soft_cap: float | None = None
+    sink_logits: Float[Array, " H"] | None = None
+    alibi_slopes: Float[Array, " H"] | None = None
+
+
+PLAIN = Scores()
+
+
 class Cache(Protocol):
-    """What one layer remembers: a frozen dataclass with a field `clock: Clock`, and one verb."""
+    """What one layer remembers: a frozen dataclass with the fields `clock` and `policy`, and one
+    verb. What its clock holds follows from its policy: layers of the same policy share one."""
 
     @property
     def clock(self) -> Clock: ...
+
+    @property
+    def policy(self) -> "LayerPolicy": ...
 
     def attend(
         self,
@@ -59,6 +82,8 @@ class Cache(Protocol):
         v: Float[Array, "B T Hkv D"],
         positions: Positions | None,
         lengths: Int32[Array, " B"] | None = None,
+        *,
+        scores: Scores = PLAIN,
         backend: str | None = None,
     ) -> tuple[Float[Array, "B T H D"], Self]:
         """Takes T new tokens a row in, and lets each attend to what the policy grants it.
@@ -68,6 +93,7 @@ class Cache(Protocol):
             positions: the position scheme; None: the model has none.
             lengths: how many of the T tokens of each row are real (a prefix); the others are
                 padding, which no token sees and no cache keeps. None: all are.
+            scores: the model's own way with attention scores.
             backend: of the attention ops (`pallas_kernels`); None: the best that serves.
 
         Returns:
@@ -76,8 +102,13 @@ class Cache(Protocol):
         ...
 
 
-class Policy(Protocol):
-    """What to remember: hashable, without arrays."""
+class LayerPolicy(Protocol):
+    """What one layer remembers: hashable, without arrays."""
+
+    @property
+    def kv_dtype(self) -> str | None:
+        """Of the keys and values kept; None: the model's own."""
+        ...
 
     @property
     def capacity(self) -> int:
@@ -103,22 +134,92 @@ class Policy(Protocol):
         ...
 
 
+class ModelPolicy(Protocol):
+    """What a model remembers, where its layers or heads differ."""
+
+    @property
+    def capacity(self) -> int: ...
+
+    @property
+    def limit(self) -> int | None: ...
+
+    def check(self, tokens: int) -> None: ...
+
+    def by_layer(self, layers: int, kv_heads: int) -> tuple[LayerPolicy, ...]:
+        """The policy of each layer. Raises ValueError: it is for a model of other sizes."""
+        ...
+
+
+Policy = LayerPolicy | ModelPolicy
+
+
+@dataclasses.dataclass(frozen=True)
+class PerLayer:
+    """A policy for each layer.
+
+    Attributes:
+        policies: one a layer of the model, from the first.
+
+    Raises:
+        ValueError: none are given.
+    """
+
+    policies: tuple[LayerPolicy, ...]
+
+    def __post_init__(self):
+        object.__setattr__(self, "policies", tuple(self.policies))
+        if not self.policies:
+            raise ValueError("PerLayer needs a policy for each layer, got none")
+
+    @property
+    def capacity(self) -> int:
+        return max(policy.capacity for policy in self.policies)
+
+    @property
+    def limit(self) -> int | None:
+        return min((p.limit for p in self.policies if p.limit is not None), default=None)
+
+    def check(self, tokens: int) -> None:
+        """Raises `CacheFull` where a row of so many tokens does not fit in one of the layers."""
+        for policy in self.policies:
+            policy.check(tokens)
+
+    def by_layer(self, layers: int, kv_heads: int) -> tuple[LayerPolicy, ...]:
+        if len(self.policies) != layers:
+            raise ValueError(
+                f"PerLayer has {len(self.policies)} policies, the model {layers} layers: "
+                "give one for each"
+            )
+        return self.policies
+
+
+def by_layer(policy: Policy, layers: int, kv_heads: int) -> tuple[LayerPolicy, ...]:
+    """The policy of each of so many layers. Raises ValueError: it is for other sizes."""
+    if hasattr(policy, "by_layer"):
+        return policy.by_layer(layers, kv_heads)
+    return (cast(LayerPolicy, policy),) * layers
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerCaches:
-    """The caches of all layers of a model. They march in step, so their clock is kept once.
+    """The caches of all layers of a model. They march in step, so that layers of the same policy
+    share one clock.
 
     Iterates over the layers' caches, and is made again from those that `attend` returned.
     A tuple of separate arrays, not one stacked array: each is updated in place.
     """
 
     layers: tuple[Cache, ...]  # their own clocks are None
-    clock: Clock
+    clocks: tuple[Clock, ...]  # one a policy, in the order in which the layers have them
 
     @classmethod
     def of(cls, caches: Iterable[Cache]) -> Self:
         caches = tuple(caches)
-        return cls(tuple(_with_clock(c, None) for c in caches), caches[0].clock)
+        clocks: dict[LayerPolicy, Clock] = {}
+        for cache in caches:
+            clocks.setdefault(cache.policy, cache.clock)
+        return cls(tuple(_with_clock(c, None) for c in caches), tuple(clocks.values()))
 
     @classmethod
     def init(
@@ -131,13 +232,25 @@ class LayerCaches:
         head_dim: int,
         dtype: DTypeLike = jnp.float32,
     ) -> Self:
+        """Empty caches.
+
+        Raises:
+            ValueError: the policy is for a model of other sizes.
+        """
         return cls.of(
-            policy.init(batch=batch, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype)
-            for _ in range(layers)
+            own.init(batch=batch, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype)
+            for own in by_layer(policy, layers, kv_heads)
         )
 
     def __iter__(self) -> Iterator[Cache]:
-        return (_with_clock(c, self.clock) for c in self.layers)
+        policies = dict.fromkeys(cache.policy for cache in self.layers)
+        clocks = dict(zip(policies, self.clocks, strict=True))
+        return (_with_clock(c, clocks[c.policy]) for c in self.layers)
+
+    @property
+    def position(self) -> UInt32[Array, " B"]:
+        """The position of each row's next token, modulo 2³²."""
+        return self.clocks[0].position
 
 
 def _with_clock(cache: Any, clock: Clock | None) -> Any:
@@ -146,6 +259,13 @@ def _with_clock(cache: Any, clock: Clock | None) -> Any:
 
 def rotated(positions: Positions | None, x: Array, at: Array) -> Array:
     return x if positions is None else positions.rotate(x, at)
+
+
+def within(positions: Positions | None, span: int) -> Positions | None:
+    """Positions that depend on the length of the text (`Rotary.within`), fixed to that of a
+    cache; others as they are."""
+    fix = getattr(positions, "within", None)
+    return positions if fix is None else fix(span)
 
 
 def check_init(batch: int, kv_heads: int, head_dim: int) -> None:
@@ -171,6 +291,7 @@ def through_ring(
     q_sinks: Float[Array, "B T H D"] | None = None,
     lengths: Int32[Array, " B"] | None,
     write: Callable[[Array, Array], Array],
+    scores: Scores,
     backend: str | None,
 ) -> tuple[Float[Array, "B T H D"], Ring]:
     """Attention to [ring | new tokens], and the ring with the new tokens in it.
@@ -180,10 +301,18 @@ def through_ring(
         write: puts new tokens `[B, Hkv, T, ...]` into a buffer `[B, Hkv, C, ...]`.
     """
     if q.shape[1] == 1 and lengths is None:
-        out, ring = ring_decode(
-            q, k, v, ring, ticks, sinks=sinks, window=window, q_sinks=q_sinks, backend=backend
+        return ring_decode(
+            q,
+            k,
+            v,
+            ring,
+            ticks,
+            sinks=sinks,
+            window=window,
+            q_sinks=q_sinks,
+            backend=backend,
+            **scores._asdict(),
         )
-        return out, ring
     new = stored(k.swapaxes(1, 2), v.swapaxes(1, 2), ring.k.dtype)
     held, seen = floats(ring, k.dtype), floats(new, k.dtype)
     out = sink_attention(
@@ -196,6 +325,7 @@ def through_ring(
         ring=held,
         ticks=ticks,
         backend=backend,
+        **scores._asdict(),
     )
     # Later tokens of a chunk take slots that earlier ones still see, so it is written last.
     # Without this, XLA sees no order between reading the ring and writing it, and copies it.

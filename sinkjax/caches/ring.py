@@ -10,12 +10,15 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.ring import Ring, empty_ring
 from sinkjax.caches.protocol import (
+    PLAIN,
     Clock,
     Positions,
+    Scores,
     check_init,
     check_kv_dtype,
     rotated,
     through_ring,
+    within,
     write_chunk,
 )
 
@@ -99,10 +102,23 @@ class RingCache:
         v: Float[Array, "B T Hkv D"],
         positions: Positions | None,
         lengths: Int32[Array, " B"] | None = None,
+        *,
+        scores: Scores = PLAIN,
         backend: str | None = None,
     ) -> tuple[Float[Array, "B T H D"], Self]:
-        """See `Cache.attend`. A query at t sees key i where i ≤ t and (i < S or t − i < W)."""
+        """See `Cache.attend`. A query at t sees key i where i ≤ t and (i < S or t − i < W).
+
+        Raises:
+            ValueError: ALiBi, whose sinks lie right before the window, with absolute positions.
+        """
         S, W = self.policy.sinks, self.policy.window
+        if scores.alibi_slopes is not None and S and self.policy.positions == "absolute":
+            raise ValueError(
+                'a model with ALiBi needs SinkRing(positions="cache"): at its absolute position a '
+                "sink soon has so large a bias that nothing attends to it"
+            )
+        bounded = self.policy.positions == "cache" or not S
+        positions = within(positions, S + W if bounded else 1 << 32)
         T = q.shape[1]
         tick = self.clock.ticks[:, None] + jnp.arange(T)
         at = self.clock.position[:, None] + jnp.arange(T, dtype=jnp.uint32)
@@ -126,6 +142,7 @@ class RingCache:
             q_sinks=q_sinks,
             lengths=lengths,
             write=lambda buffer, new: self._written(buffer, new, by),
+            scores=scores,
             backend=backend,
         )
         ticks = self.clock.ticks + by

@@ -9,13 +9,14 @@ import dataclasses
 import math
 import mmap
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import gguf
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from sinkjax.models import Config, Decoder
 from sinkjax.models.families import config_from_gguf, weights_from_gguf
@@ -23,6 +24,7 @@ from sinkjax.text.tokenizer import Tokenizer
 
 _SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_AT_ONCE = 2**22  # numbers that are dequantised at once: it takes several arrays of their size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +37,8 @@ class Tensor:
     size: int  # in bytes
 
 
-class GGUFFile:
-    """A GGUF file: its metadata, and its tensors one by one.
+class GGUFFile(Mapping[str, np.ndarray]):
+    """A GGUF file: its metadata, and its tensors by name, each read when it is asked for.
 
     Args:
         path: of the file.
@@ -44,6 +46,7 @@ class GGUFFile:
     Attributes:
         metadata: key → number, bool, string or list of those.
         tensors: name → `Tensor`.
+        shapes: name → shape.
 
     Raises:
         OSError: the file cannot be read.
@@ -55,23 +58,27 @@ class GGUFFile:
         with open(self.path, "rb") as file:
             if file.read(4) != b"GGUF":
                 raise ValueError(f"{self.path} is no GGUF file: it does not begin with 'GGUF'")
-            self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        try:
-            self.metadata, self.tensors = _Header(self._data).read()
-        except (ValueError, struct.error, OverflowError, MemoryError) as error:
-            raise ValueError(f"{self.path} is a corrupt or truncated GGUF file: {error}") from error
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                there = len(data)
+                try:
+                    self.metadata, self.tensors = _Header(data).read()
+                except (ValueError, struct.error, OverflowError, MemoryError) as error:
+                    raise ValueError(
+                        f"{self.path} is a corrupt or truncated GGUF file: {error}"
+                    ) from error
+        self.shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
         if (parts := self.metadata.get("split.count", 1)) > 1:
             raise ValueError(
                 f"{self.path} is one of {parts} parts: merge them with llama.cpp's gguf-split"
             )
         needed = max((t.start + t.size for t in self.tensors.values()), default=0)
-        if needed > len(self._data):
+        if needed > there:
             raise ValueError(
-                f"{self.path} is truncated: it has {len(self._data):,} bytes, its tensors end at "
+                f"{self.path} is truncated: it has {there:,} bytes, its tensors end at "
                 f"{needed:,}. Download it again"
             )
 
-    def load(self, name: str) -> np.ndarray:
+    def __getitem__(self, name: str) -> np.ndarray:
         """One tensor, dequantised to float32, in the shape that `tensors` says.
 
         Raises:
@@ -79,19 +86,27 @@ class GGUFFile:
             ValueError: the package `gguf` does not dequantise its type.
         """
         tensor = self.tensors[name]
-        raw = np.frombuffer(self._data, np.uint8, tensor.size, tensor.start)
+        raw = np.fromfile(self.path, np.uint8, tensor.size, offset=tensor.start)
+        rows = raw.reshape(math.prod(tensor.shape[:-1]), -1)
+        if tensor.kind.name in ("F32", "F16"):
+            rows = rows.view(np.float32 if tensor.kind.name == "F32" else np.float16)
+        x = np.empty((len(rows), tensor.shape[-1]), np.float32)
+        step = max(1, _AT_ONCE // tensor.shape[-1])
         try:
-            # Rows of bytes; dequantising works along the last axis.
-            rows = raw.reshape(*tensor.shape[:-1], -1)
-            if tensor.kind.name in ("F32", "F16"):
-                rows = rows.view(np.float32 if tensor.kind.name == "F32" else np.float16)
-            x = gguf.dequantize(rows, tensor.kind)
+            for i in range(0, len(rows), step):
+                x[i : i + step] = gguf.dequantize(rows[i : i + step], tensor.kind)
         except NotImplementedError as error:
             raise ValueError(f"tensors of type {tensor.kind.name} ({name}) are not read") from error
         return x.reshape(tensor.shape)
 
-    def __iter__(self) -> Iterator[tuple[str, np.ndarray]]:
-        return ((name, self.load(name)) for name in self.tensors)
+    def __contains__(self, name: object) -> bool:
+        return name in self.tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
 
 
 class _Header:
@@ -154,12 +169,14 @@ class _Header:
         shape = tuple(reversed(struct.unpack(f"<{axes}Q", self.take(8 * axes))))
         kind = gguf.GGMLQuantizationType(self.number("I"))
         block, block_size = gguf.GGML_QUANT_SIZES[kind]
-        if not shape or shape[-1] % block:
+        if not math.prod(shape) or not shape or shape[-1] % block:
             raise ValueError(f"tensor {name} of shape {shape} is not made of {kind.name} blocks")
         return name, Tensor(kind, shape, self.number("Q"), math.prod(shape) // block * block_size)
 
 
-def load(path: str | Path, dtype=jnp.float32) -> tuple[Config, Decoder, Tokenizer | None]:
+def load(
+    path: str | Path, dtype=jnp.float32, mesh: Mesh | None = None
+) -> tuple[Config, Decoder, Tokenizer | None]:
     """The model in a GGUF file, and its tokenizer if it has one.
 
     Raises:
@@ -167,11 +184,13 @@ def load(path: str | Path, dtype=jnp.float32) -> tuple[Config, Decoder, Tokenize
         ValueError: it is corrupt or truncated, or its model is not supported.
     """
     file = GGUFFile(path)
-    shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
-    factors = file.load("rope_freqs.weight") if "rope_freqs.weight" in shapes else None
-    config = config_from_gguf(file.metadata, shapes, factors)
+    factors = file.get("rope_freqs.weight")
+    longrope = None
+    if "rope_factors_long.weight" in file and "rope_factors_short.weight" in file:
+        longrope = file["rope_factors_short.weight"], file["rope_factors_long.weight"]
+    config = config_from_gguf(file.metadata, file.shapes, factors, longrope)
     tokenizer = None
     if "tokenizer.ggml.model" in file.metadata:
         tokenizer = Tokenizer.from_gguf(file.metadata)
-    weights = weights_from_gguf(config, file, dtype)
-    return config, Decoder.from_weights(config, weights, dtype), tokenizer
+    weights = weights_from_gguf(config, file)
+    return config, Decoder.from_weights(config, weights, dtype, mesh), tokenizer

@@ -1,40 +1,66 @@
-"""The decoder of the Llama family. The shortest path from tokens to logits is this file."""
+"""The decoder. The shortest path from tokens to logits is this file."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from sinkjax.caches import LayerCaches, Policy
+from sinkjax.caches import LayerCaches, PerLayer, Policy, SinkRing, by_layer
+from sinkjax.mesh import MODEL
 from sinkjax.models.config import Config
-from sinkjax.models.layers import MLP, Attention, embedded, matrix, rms_norm
+from sinkjax.models.layers import (
+    MLP,
+    Attention,
+    Call,
+    ExpertMLP,
+    Norm,
+    embedded,
+    random_param,
+)
+from sinkjax.models.parameters import Parameter, check_shards
 
 
 class Block(nnx.Module):
-    def __init__(self, config: Config, *, rngs: nnx.Rngs | None, dtype=jnp.float32):
-        self.eps = config.norm_eps
-        self.attention_norm = nnx.Param(jnp.ones(config.hidden_size, dtype))
-        self.attention = Attention(config, rngs=rngs, dtype=dtype)
-        self.mlp_norm = nnx.Param(jnp.ones(config.hidden_size, dtype))
-        self.mlp = MLP(config, rngs=rngs, dtype=dtype)
+    def __init__(
+        self, config: Config, layer: int, *, rngs: nnx.Rngs | None, dtype=jnp.float32, shards=1
+    ):
+        self.config = config
+        self.attention_norm = Norm.of(config)
+        self.attention = Attention(config, layer, rngs=rngs, dtype=dtype, shards=shards)
+        if not config.shared_norm:
+            self.mlp_norm = Norm.of(config)
+        mlp = ExpertMLP if config.has_experts(layer) else MLP
+        self.mlp = mlp(config, rngs=rngs, dtype=dtype)
+        if config.post_norms:
+            self.post_attention_norm = Norm.of(config)
+            self.post_mlp_norm = Norm.of(config)
 
-    def __call__(self, x, cache, lengths, backend):
-        y = rms_norm(x, self.attention_norm[...], self.eps)
-        y, cache = self.attention(y, cache, lengths, backend)
-        x = x + y
-        return x + self.mlp(rms_norm(x, self.mlp_norm[...], self.eps)), cache
+    def __call__(self, x, cache, call):
+        c = self.config
+        seen = self.attention_norm(x)
+        y, cache = self.attention(seen, cache, call)
+        if c.parallel:
+            seen = seen if c.shared_norm else self.mlp_norm(x)
+            return x + call.sum(y + self.mlp(seen, call)), cache
+        y = call.sum(y)
+        x = x + (self.post_attention_norm(y) if c.post_norms else y)
+        y = call.sum(self.mlp(self.mlp_norm(x), call))
+        return x + (self.post_mlp_norm(y) if c.post_norms else y), cache
 
 
 class Decoder(nnx.Module):
-    """A pre-norm decoder with rotary attention and gated MLPs. Holds parameters and no state.
+    """A pre-norm decoder. Holds parameters and no state.
 
     Args:
-        config: its sizes.
+        config: its sizes and switches.
         rngs: for random weights; None: zeros. `Decoder.from_weights` takes those of a checkpoint.
         dtype: of parameters and activations. Norms, softmax and logits are float32 regardless.
+        shards: how many devices it is laid out for. With more than one, it is called inside a
+            `jax.shard_map` over the mesh axis `model`, with each device's part of the parameters.
 
     Attributes:
         attention_backend: of the ops of `pallas_kernels`; None: the best that serves.
@@ -42,16 +68,26 @@ class Decoder(nnx.Module):
 
     attention_backend: str | None = None
 
-    def __init__(self, config: Config, *, rngs: nnx.Rngs | None, dtype=jnp.float32):
-        self.config = config
-        shape = (config.vocab_size, config.hidden_size)
-        self.embed = matrix(rngs, shape, dtype, fan_in=1)
+    def __init__(self, config: Config, *, rngs: nnx.Rngs | None, dtype=jnp.float32, shards=1):
+        self.config, self.shards = config, shards
+        self.dtype = jnp.dtype(dtype)
+        V, E = config.vocab_size, config.hidden_size
+        self.vocab_axis = "vocab" if V % shards == 0 else None  # else every device has all of it
+        axes = (self.vocab_axis, None)
+        self.embed = random_param(rngs, (V, E), dtype, axes, fan_in=1)
+        if config.embedding_norm:
+            self.embed_norm = Norm.of(config)
         self.blocks = nnx.List(
-            [Block(config, rngs=rngs, dtype=dtype) for _ in range(config.layers)]
+            [
+                Block(config, layer, rngs=rngs, dtype=dtype, shards=shards)
+                for layer in range(config.layers)
+            ]
         )
-        self.norm = nnx.Param(jnp.ones(config.hidden_size, dtype))
+        self.norm = Norm.of(config)
         if not config.tied_embeddings:
-            self.head = matrix(rngs, shape, dtype, fan_in=config.hidden_size)
+            self.head = random_param(rngs, (V, E), dtype, axes, fan_in=E)
+        if config.head_bias:
+            self.head_bias = nnx.Param(jnp.zeros(V, jnp.float32), axes=(self.vocab_axis,))
 
     def __call__(
         self,
@@ -66,49 +102,82 @@ class Decoder(nnx.Module):
             caches: from `init_caches`, or from the call before.
             lengths: how many of the T tokens of each row are real; None: all.
         """
-        x = embedded(self.embed[...], tokens)
+        axis = MODEL if self.shards > 1 else None
+        call = Call(lengths, self.attention_backend, axis, self.shards)
+        x = self._embedded(tokens, call)
         new = []
         for block, cache in zip(self.blocks, caches, strict=True):
-            x, cache = block(x, cache, lengths, self.attention_backend)
+            x, cache = block(x, cache, call)
             new.append(cache)
-        return rms_norm(x, self.norm[...], self.config.norm_eps), LayerCaches.of(new)
+        return self.norm(x), LayerCaches.of(new)
+
+    def _embedded(self, tokens: Int[Array, "B T"], call: Call) -> Float[Array, "B T E"]:
+        c, table = self.config, self.embed[...]
+        if call.axis is None or self.vocab_axis is None:
+            x = embedded(table, tokens)
+        else:  # each device has some rows
+            here = tokens - jax.lax.axis_index(call.axis) * table.shape[0]
+            mine = (here >= 0) & (here < table.shape[0])
+            x = embedded(table, jnp.where(mine, here, 0))
+            x = call.sum(jnp.where(mine[..., None], x, jnp.zeros_like(x)))
+        if c.embedding_scale != 1:
+            x = x * jnp.asarray(c.embedding_scale, x.dtype)
+        return self.embed_norm(x) if c.embedding_norm else x
 
     def logits(self, hidden: Float[Array, "... E"]) -> Float[Array, "... V"]:
         """Scores of the next token, float32, from final hidden states."""
         head = self.embed if self.config.tied_embeddings else self.head
-        return jnp.einsum("...e,ve->...v", hidden, head[...], preferred_element_type=jnp.float32)
+        y = jnp.einsum("...e,ve->...v", hidden, head[...], preferred_element_type=jnp.float32)
+        if self.config.head_bias:
+            y = y + self.head_bias[...]
+        if self.shards > 1 and self.vocab_axis is not None:
+            y = jax.lax.all_gather(y, MODEL, axis=y.ndim - 1, tiled=True)
+        cap = self.config.logit_soft_cap
+        return y if cap is None else cap * jnp.tanh(y / cap)
 
     def init_caches(self, policy: Policy, *, batch: int = 1) -> LayerCaches:
         """Empty caches for all layers, in the dtype of the parameters.
 
+        Layers that were trained with a window, among others that were not, keep just that window,
+        unless `policy` is a `PerLayer`.
+
         Raises:
-            ValueError: the policy lets a token attend further back than the model's own window.
+            ValueError: the policy lets a token attend further back than the model's own window,
+                or is for a model of other sizes.
         """
         c = self.config
-        if c.sliding_window is not None and policy.reach > c.sliding_window:
-            raise ValueError(
-                f"{policy} attends to {policy.reach} tokens back, but this model was trained with "
-                f"a sliding window of {c.sliding_window}: use SinkRing(sinks, window) with a "
-                f"window of at most {c.sliding_window}"
-            )
+        policies = list(by_layer(policy, c.layers, c.kv_heads))
+        for layer, own in enumerate(policies):
+            window = c.window(layer)
+            if window is None or own.reach <= window:
+                continue
+            if c.local_layers is None or isinstance(policy, PerLayer):
+                raise ValueError(
+                    f"{own} attends to {own.reach} tokens back, but layer {layer} of this model "
+                    f"was trained with a sliding window of {window}: use SinkRing(sinks, window) "
+                    f"with a window of at most {window}"
+                )
+            policies[layer] = SinkRing(0, window, kv_dtype=own.kv_dtype)
         return LayerCaches.init(
-            policy,
+            PerLayer(tuple(policies)),
             layers=c.layers,
             batch=batch,
-            kv_heads=c.kv_heads,
+            kv_heads=max(c.kv_heads, self.shards),
             head_dim=c.head_dim,
-            dtype=self.embed.dtype,
+            dtype=self.dtype,
         )
+
+    def parameters(self) -> list[tuple[tuple, Parameter]]:
+        """The path and the layout of each parameter."""
+        state = nnx.to_flat_state(nnx.state(self))
+        return [(path, Parameter.of(self.config, self.shards, path, leaf)) for path, leaf in state]
 
     def weights(self) -> dict[str, Array]:
         """The weights by name, as `from_weights` takes them."""
-        named = {}
-        for path, leaf in nnx.to_flat_state(nnx.state(self)):
-            *parents, last = map(str, path)
-            parts = self.config.fused.get(last, {last: 0})
-            splits = np.cumsum(list(parts.values()))[:-1]
-            for part, array in zip(parts, jnp.split(leaf[...], splits, axis=-1), strict=True):
-                named[".".join([*parents, part])] = array
+        leaves = (leaf[...] for _, leaf in nnx.to_flat_state(nnx.state(self)))
+        named: dict[str, Array] = {}
+        for (_, parameter), leaf in zip(self.parameters(), leaves, strict=True):
+            named |= parameter.parts_of(leaf)
         return named
 
     @classmethod
@@ -118,38 +187,41 @@ class Decoder(nnx.Module):
 
     @classmethod
     def from_weights(
-        cls, config: Config, weights: Mapping[str, Array], dtype=jnp.float32
+        cls,
+        config: Config,
+        weights: Mapping[str, Any],
+        dtype=jnp.float32,
+        mesh: Mesh | None = None,
     ) -> "Decoder":
         """A decoder with the weights of a checkpoint.
 
         Args:
-            config: its sizes.
+            config: its sizes and switches.
             weights: by dotted name, such as `blocks.0.attention.q` `[E, H·D]` (the second axis
-                of every matrix is its output, but for `embed` and `head`, `[V, E]`). What the
-                decoder keeps fused (`Config.fused`) is named by its parts.
+                of every matrix is its output, but for `embed` and `head`, `[V, E]`). They are
+                asked for one by one, so that they may be read from a file only then.
             dtype: that the weights are cast to.
+            mesh: the devices to spread them over; each share goes straight to its device.
 
         Raises:
-            ValueError: weights are missing, surplus, misshapen or not finite: all are listed.
+            ValueError: weights are missing, surplus, misshapen or not finite: all are listed; or
+                the model does not divide over the mesh.
         """
-        wanted = cls.shapes(config, dtype)
+        shards = 1 if mesh is None else mesh.shape[MODEL]
+        check_shards(config, shards)
+        abstract = nnx.eval_shape(lambda: cls(config, rngs=None, dtype=dtype, shards=shards))
+        layout = dict(abstract.parameters())
+        wanted = {name for parameter in layout.values() for name in parameter.names}
         wrong = [f"missing: {name}" for name in wanted if name not in weights]
         wrong += [f"surplus: {name}" for name in weights if name not in wanted]
-        for name in wanted.keys() & weights.keys():
-            if weights[name].shape != wanted[name].shape:
-                wrong.append(
-                    f"misshapen: {name} is {weights[name].shape}, expected {wanted[name].shape}"
-                )
-            elif not np.isfinite(np.sum(np.asarray(weights[name], np.float32), dtype=np.float64)):
-                wrong.append(f"not finite: {name} holds NaN or infinity")
+        graph, state = nnx.split(abstract)
+        leaves = {}
+        for path, leaf in nnx.to_flat_state(state):
+            if all(name in weights for name in layout[path].names):
+                array, errors = layout[path].placed(weights, mesh)
+                wrong += errors
+                leaves[path] = leaf.replace(array)
         if wrong:
             listed = "\n  ".join(sorted(wrong))
             raise ValueError(f"these weights do not make a {config.family} decoder:\n  {listed}")
-        graph, abstract = nnx.split(nnx.eval_shape(lambda: cls(config, rngs=None, dtype=dtype)))
-        leaves = {}
-        for path, leaf in nnx.to_flat_state(abstract):
-            *parents, last = map(str, path)
-            parts = [weights[".".join([*parents, p])] for p in config.fused.get(last, [last])]
-            whole = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
-            leaves[path] = leaf.replace(jnp.asarray(whole, dtype))
         return nnx.merge(graph, nnx.from_flat_state(leaves))

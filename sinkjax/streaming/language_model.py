@@ -11,12 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from sinkjax.caches import Policy, SinkRing
+from sinkjax.caches import LayerCaches, Policy, SinkRing
+from sinkjax.mesh import DATA, MODEL, fetch, spec_of
 from sinkjax.models import Config, Decoder
 from sinkjax.streaming.sampling import Sampling
-from sinkjax.streaming.step import CHUNK, StreamState, decode, prefill, score
+from sinkjax.streaming.step import CHUNK, StreamState, decode, prefill, score, specs_of
 from sinkjax.streaming.stream import Stream
 from sinkjax.text.tokenizer import Tokenizer
 
@@ -30,6 +33,7 @@ class LanguageModel:
         name: for messages.
         attention_backend: of the attention ops: `"reference"`, `"xla"`, `"tpu"` or `"gpu"`; None:
             the kernel of this platform where there is one.
+        mesh: the devices that the model was put on (`Decoder.from_weights`); None: one.
     """
 
     def __init__(
@@ -39,18 +43,26 @@ class LanguageModel:
         name: str = "model",
         *,
         attention_backend: str | None = None,
+        mesh: Mesh | None = None,
     ):
         self.config: Config = model.config
-        self.name = name
+        self.name, self.mesh = name, mesh
         self._tokenizer = tokenizer
         self._attention_backend = attention_backend
         # A step of a small model takes less time than Flax needs to flatten a module, so the
         # compiled functions take the bare arrays, and put the module together when traced.
         self._graph, params = nnx.split(model)
         self._leaves, self._tree = jax.tree.flatten(params)
-        self.prefill = self._compiled(prefill)
-        self.decode = self._compiled(decode, static=("steps", "sampling", "stop_tokens"))
-        self.score = self._compiled(score)
+        axes = jax.tree.map(lambda x: x.axes, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+        is_axes = lambda x: isinstance(x, tuple)  # noqa: E731
+        self._specs = [spec_of(names) for names in jax.tree.leaves(axes, is_leaf=is_axes)]
+        self.prefill = self.compiled(prefill, lambda state, rows: state)
+        self.decode = self.compiled(
+            decode,
+            lambda state, rows: (state, P(None, rows)),
+            static=("steps", "sampling", "stop_tokens"),
+        )
+        self.score = self.compiled(score, lambda caches, rows: (caches, P(rows)))
 
     @classmethod
     def load(
@@ -59,6 +71,7 @@ class LanguageModel:
         *,
         dtype: str = "float32",
         attention_backend: str | None = None,
+        mesh: Mesh | None = None,
     ) -> "LanguageModel":
         """Loads a model.
 
@@ -67,15 +80,23 @@ class LanguageModel:
                 folder written by `python -m sinkjax.convert`, or a hub id `owner/name`.
             dtype: of weights, activations and cache: `float32` or `bfloat16`.
             attention_backend: see the class.
+            mesh: the devices to spread the model and its streams over (`sinkjax.mesh.make`).
 
         Raises:
-            ValueError: the source is unknown, damaged, or of an architecture that is not supported.
+            ValueError: the source is unknown, damaged, or of an architecture that is not supported,
+                or does not divide over the mesh.
         """
         # Orbax and its like take seconds to import; who brings their own weights needs none of it.
         from sinkjax.checkpoints import open_checkpoint
 
-        loaded = open_checkpoint(os.fspath(source), dtype=dtype)
-        return cls(loaded.model, loaded.tokenizer, loaded.name, attention_backend=attention_backend)
+        loaded = open_checkpoint(os.fspath(source), dtype=dtype, mesh=mesh)
+        return cls(
+            loaded.model,
+            loaded.tokenizer,
+            loaded.name,
+            attention_backend=attention_backend,
+            mesh=mesh,
+        )
 
     @property
     def model(self) -> Decoder:
@@ -101,20 +122,78 @@ class LanguageModel:
         """The ids that end a text or a turn."""
         return self._tokenizer.eos_ids if self._tokenizer else ()
 
-    def _compiled(self, f: Callable, *, static: tuple[str, ...] = ()) -> "Compiled":
+    def compiled(
+        self, f: Callable, specs: Callable[[Any, str | None], Any], *, static: tuple[str, ...] = ()
+    ) -> "Compiled":
+        """Compiles a function of the model.
+
+        Args:
+            f: takes the `Decoder`, a `StreamState` or `LayerCaches`, which are donated, and arrays
+                whose first axis is that of the rows. On a mesh, every device has its part of each.
+            specs: how the results lie on a mesh, from how the state does and the mesh axis of the
+                rows.
+            static: arguments that are no arrays, given by name.
+        """
+
         # XLA names a program after its function.
         @functools.wraps(f)
-        def g(leaves, *args, **kwargs):
-            return f(self._merged(leaves), *args, **kwargs)
+        def g(leaves, state, *args, **kwargs):
+            def local(leaves, state, *args):
+                return f(self._merged(leaves), state, *args, **kwargs)
+
+            if self.mesh is None:
+                return local(leaves, state, *args)
+            position = (state.caches if isinstance(state, StreamState) else state).position
+            rows = self._rows_axis(position.shape[0])
+            held = specs_of(state, rows)
+            given = [P(rows) if np.ndim(x) else P() for x in args]
+            return jax.shard_map(
+                local,
+                mesh=self.mesh,
+                in_specs=(self._specs, held, *given),
+                out_specs=specs(held, rows),
+                check_vma=False,
+            )(leaves, state, *args)
 
         return Compiled(jax.jit(g, donate_argnums=1, static_argnames=static), self._leaves)
+
+    def _rows_axis(self, rows: int) -> str | None:
+        """The mesh axis over which rows are spread; None: every device has them all."""
+        return None if self.mesh is None or rows % self.mesh.shape[DATA] else DATA
 
     def init_state(
         self, policy: Policy, sampling: Sampling | None = None, *, seeds: Sequence[int] = (0,)
     ) -> StreamState:
-        """The state of a fresh stream, one row a seed."""
-        sampling = sampling or Sampling()
-        return StreamState.init(self.model, policy, sampling, jnp.asarray(seeds, jnp.uint32))
+        """The state of a fresh stream, one row a seed.
+
+        Raises:
+            ValueError: the rows do not divide over the mesh, or see `Decoder.init_caches`.
+        """
+        if self.mesh is not None and len(seeds) % self.mesh.shape[DATA]:
+            raise ValueError(
+                f"{len(seeds)} rows do not divide over {self.mesh.shape[DATA]} devices of the mesh "
+                f"axis {DATA!r}: give a multiple of that many prompts, or spread the model alone, "
+                f"with {MODEL}={self.mesh.devices.size}"
+            )
+        sampling, numbers = sampling or Sampling(), jnp.asarray(seeds, jnp.uint32)
+        return self._placed(lambda: StreamState.init(self.model, policy, sampling, numbers), DATA)
+
+    def init_caches(self, policy: Policy) -> LayerCaches:
+        """Empty caches for one row, as `score` takes them."""
+        return self._placed(lambda: self.model.init_caches(policy), self._rows_axis(1))
+
+    def _placed(self, init: Callable, rows: str | None) -> Any:
+        if self.mesh is None:
+            return init()
+        place = functools.partial(NamedSharding, self.mesh)
+        where = jax.tree.map(place, specs_of(jax.eval_shape(init), rows))
+        return jax.jit(init, out_shardings=where)()
+
+    def put_rows(self, x: np.ndarray) -> Array:
+        """An array `[B, ...]`, a part of a state, on the devices of its rows."""
+        if self.mesh is None:
+            return jnp.asarray(x)
+        return jax.device_put(x, NamedSharding(self.mesh, P(self._rows_axis(len(x)))))
 
     def check_tokens(self, tokens: Sequence[int] | np.ndarray | Array) -> np.ndarray:
         """The ids as int32. Raises ValueError where one is no id of this model's vocabulary."""
@@ -138,10 +217,25 @@ class LanguageModel:
             if (value := getattr(self.config, field.name)) != field.default
         }
         digest = hashlib.sha256(repr(sorted(said.items())).encode())
-        for leaf in self._leaves:
-            digest.update(f"{leaf.dtype}{leaf.shape}".encode())
-            digest.update(np.asarray(leaf[:2]).tobytes())
+        named: dict[str, Array] = {}
+        for (_, parameter), rows in zip(self.model.parameters(), self._first_rows(), strict=True):
+            named |= parameter.parts_of(jnp.asarray(rows))
+        for name in sorted(named):
+            digest.update(f"{name}{named[name].dtype}".encode())
+            digest.update(np.asarray(named[name]).tobytes())
         return digest.hexdigest()
+
+    def _first_rows(self) -> list[np.ndarray]:
+        """Two rows of each parameter, all of vectors."""
+
+        def rows(leaves):
+            return [x if x.ndim < 2 else x[(0,) * (x.ndim - 2)][:2] for x in leaves]
+
+        if self.mesh is None:
+            found = rows(self._leaves)
+        else:
+            found = jax.jit(rows, out_shardings=NamedSharding(self.mesh, P()))(self._leaves)
+        return [np.asarray(x) for x in found]
 
     def stream(
         self,
@@ -234,15 +328,15 @@ def nll(
     if chunk < 1:
         raise ValueError(f"chunk must be ≥ 1, got {chunk}")
     cache.check(len(ids) - 1)
-    caches = lm.model.init_caches(cache)
+    caches = lm.init_caches(cache)
     out = []
     for start in range(0, len(ids) - 1, chunk):
         length = min(chunk, len(ids) - 1 - start)
         pair = np.zeros((2, 1, chunk), np.int32)
         pair[0, 0, :length] = ids[start : start + length]
         pair[1, 0, :length] = ids[start + 1 : start + 1 + length]
-        caches, surprise = lm.score(caches, pair[0], pair[1], jnp.asarray([length], jnp.int32))
-        out.append(np.asarray(surprise[0, :length]))
+        caches, surprise = lm.score(caches, pair[0], pair[1], np.asarray([length], np.int32))
+        out.append(fetch(surprise)[0, :length])
         if progress:
             progress(length)
     return np.concatenate(out)

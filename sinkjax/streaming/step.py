@@ -1,13 +1,16 @@
 """The pure functions that a stream compiles: prefill of a chunk, decode of some steps, scoring."""
 
 import dataclasses
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int32, UInt32
 
+from pallas_kernels.ring import Ring
 from sinkjax.caches import LayerCaches, Policy
+from sinkjax.mesh import MODEL
 from sinkjax.models import Decoder
 from sinkjax.streaming.sampling import Sampling, sample
 
@@ -41,11 +44,24 @@ class StreamState:
         caches = model.init_caches(policy, batch=batch)
         return cls(
             caches,
-            jnp.zeros((batch, model.config.hidden_size), model.embed.dtype),
+            jnp.zeros((batch, model.config.hidden_size), model.dtype),
             jnp.full((batch, sampling.memory), -1, jnp.int32),
             seeds,
             jnp.zeros(batch, bool),
         )
+
+
+def specs_of(state: StreamState | LayerCaches, rows: str | None) -> Any:
+    """How a state lies on a mesh: KV heads over the mesh axis of heads.
+
+    Args:
+        rows: the mesh axis over which the rows of the batch are spread; None: none.
+    """
+
+    def spec(x):
+        return jax.tree.map(lambda _: P(rows, MODEL), x) if isinstance(x, Ring) else P(rows)
+
+    return jax.tree.map(spec, state, is_leaf=lambda x: isinstance(x, Ring))
 
 
 def _remembered(recent: Array, tokens: Array, lengths: Array) -> Array:
@@ -100,7 +116,7 @@ def decode(
                 sampling,
                 recent=state.recent,
                 seeds=state.seeds,
-                positions=state.caches.clock.position,
+                positions=state.caches.position,
             )
         drawn = drawn.at[i].set(jnp.where(state.done, -1, token))
         hidden, caches = model(token[:, None], state.caches)
@@ -111,11 +127,11 @@ def decode(
 
         # A row that is done stands still: what it wrote lies in the slot of its next token, which
         # no query sees before that token overwrites it.
-        clock = jax.tree.map(unless_done, caches.clock, state.caches.clock)
+        clocks = jax.tree.map(unless_done, caches.clocks, state.caches.clocks)
         recent = _remembered(state.recent, token[:, None], jnp.ones_like(token))
         state = dataclasses.replace(
             state,
-            caches=dataclasses.replace(caches, clock=clock),
+            caches=dataclasses.replace(caches, clocks=clocks),
             hidden=unless_done(hidden[:, 0], state.hidden),
             recent=unless_done(recent, state.recent),
             done=state.done | stopped,

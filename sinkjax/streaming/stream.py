@@ -4,10 +4,10 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-import jax.numpy as jnp
 import numpy as np
 
 from sinkjax.caches import Policy
+from sinkjax.mesh import fetch
 from sinkjax.streaming.sampling import Sampling
 from sinkjax.streaming.step import CHUNK
 from sinkjax.text.detokenize import Detokenizer, StopStrings
@@ -155,14 +155,14 @@ class Stream:
             limit = self._that_fit(wanted)
             self.state, drawn = self.lm.decode(
                 self.state,
-                jnp.int32(limit),
+                np.int32(limit),
                 steps=self.steps_per_call,
                 sampling=self.sampling,
                 stop_tokens=self.stop_tokens,
             )
             left -= limit
             last = max_tokens > 0 and left == 0
-            outputs = self._outputs(np.asarray(drawn), last=last)
+            outputs = self._outputs(fetch(drawn), last=last)
             yield outputs
             if last:
                 return
@@ -206,7 +206,7 @@ class Stream:
             outputs.append(Output(text, tokens, end))
         ended = [row.ended for row in self.rows]
         if ended != was_ended:
-            self.state = dataclasses.replace(self.state, done=jnp.asarray(ended))
+            self.state = dataclasses.replace(self.state, done=self.lm.put_rows(np.asarray(ended)))
         return outputs
 
     def stats(self) -> dict[str, int]:

@@ -32,13 +32,13 @@ def hf_tensors():
     def make(values: dict) -> dict[str, np.ndarray]:
         config = config_from_hf(values)
         random = np.random.default_rng(0)
-        table = {weight.path: weight for weight in FAMILIES[config.family].weights}
+        table = {weight.path: weight.hf for weight in FAMILIES[config.family].weights}
         tensors = {}
         for name, leaf in Decoder.shapes(config).items():
             layer = name.split(".")[1] if name.startswith("blocks.") else None
-            weight = table[name if layer is None else name.replace(layer, "{}", 1)]
-            shape = leaf.shape[::-1] if weight.matrix else leaf.shape
-            tensors[weight.hf.format(layer)] = random.normal(size=shape, scale=0.2).astype(
+            source = table[name if layer is None else name.replace(layer, "{}", 1)]
+            shape = source.make(config, np.zeros(leaf.shape)).shape  # transposed, or not
+            tensors[source.names[0].format(layer)] = random.normal(size=shape, scale=0.2).astype(
                 np.float32
             )
         return tensors

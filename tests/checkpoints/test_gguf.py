@@ -122,7 +122,7 @@ def test_k_quants(tmp_path, kind):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    x = GGUFFile(tmp_path / "k.gguf").load("x")
+    x = GGUFFile(tmp_path / "k.gguf")["x"]
     assert x.shape == (6, 2 * block) and x.dtype == np.float32
     np.testing.assert_array_equal(x, gguf.dequantize(raw, kind))
 

@@ -6,6 +6,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from sinkjax.checkpoints import open_checkpoint
+from sinkjax.checkpoints.safetensors import Tensors
+from tests.processes import peak_memory, reset_peak_memory
 
 
 def test_a_folder_opens(hf_folder, logits, tokenizer):
@@ -58,7 +60,7 @@ def test_all_wrong_weights_are_listed_at_once(hf_folder, hf_tensors, tiny):
     tensors["model.layers.0.self_attn.sinks"] = np.ones(4, np.float32)
     tensors["model.layers.0.self_attn.q_proj.bias"] = np.ones(64, np.float32)
     tensors["model.layers.1.mlp.up_proj.weight"] = np.ones((95, 64), np.float32)
-    tensors["model.layers.1.mlp.gate_proj.weight"][3, 4] = np.nan
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 4] = np.nan
     with pytest.raises(ValueError) as error:
         open_checkpoint(str(hf_folder(tensors=tensors)))
     for line in (
@@ -66,7 +68,7 @@ def test_all_wrong_weights_are_listed_at_once(hf_folder, hf_tensors, tiny):
         "surplus: model.layers.0.self_attn.sinks",
         "surplus: blocks.0.attention.q_bias",
         "misshapen: blocks.1.mlp.up is (64, 95), expected (64, 96)",
-        "not finite: blocks.1.mlp.gate",
+        "not finite: blocks.1.mlp.down",
     ):
         assert line in str(error.value)
 
@@ -153,3 +155,66 @@ def test_hub_without_the_model(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with pytest.raises(ValueError, match="the hub shows no model of this id"):
         open_checkpoint("org/name")
+
+
+@pytest.fixture
+def shards(tmp_path):
+    random = np.random.default_rng(0)
+    tensors = {
+        "a": random.normal(size=(300, 40)).astype(np.float32),
+        "b": random.normal(size=(5, 6, 7)).astype(jnp.bfloat16),
+        "c": random.integers(0, 256, (2, 3, 4, 16), np.uint8),
+        "d": np.array(3.5, np.float16),
+        "e": np.zeros((0, 4), np.float32),
+        "f": random.normal(size=(4, 4)).astype(jnp.float8_e4m3fn),
+    }
+    for number, names in enumerate(("abc", "def")):
+        save_file({n: tensors[n] for n in names}, tmp_path / f"{number}.safetensors")
+    return [tmp_path / "0.safetensors", tmp_path / "1.safetensors"], tensors
+
+
+def test_tensors_by_name(shards):
+    files, expected = shards
+    tensors = Tensors(files)
+    assert tensors.keys() == expected.keys() and len(tensors) == 6
+    assert "a" in tensors and "g" not in tensors
+    for name, x in expected.items():
+        assert tensors.shapes[name] == x.shape
+        assert tensors[name].dtype == x.dtype
+        np.testing.assert_array_equal(tensors[name], x)
+    with pytest.raises(KeyError):
+        tensors["g"]
+
+
+def test_tensors_are_read_when_they_are_used(shards, monkeypatch):
+    files, expected = shards
+    tensors = Tensors(files)
+    opened = []
+    monkeypatch.setattr(np, "memmap", lambda *args: opened.append(args) or np.zeros(1))
+    assert list(tensors) == list(tensors.shapes) and "a" in tensors
+    assert not opened
+    tensors["a"]
+    assert [args[0] for args in opened] == [files[0]]
+
+
+def test_resident_memory_is_that_of_one_tensor(tmp_path):
+    """Of 8 tensors of 32 MB, each read whole, and a share of it kept as a loader would."""
+    tensors = {f"x{i}": np.ones((2048, 4096), np.float32) for i in range(8)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    del tensors
+    mb = 2**20
+    reset_peak_memory()
+    before = peak_memory()
+    kept = [x[:, :1024].copy() for x in Tensors([tmp_path / "x.safetensors"]).values()]
+    assert sum(map(np.sum, kept)) == 8 * 2048 * 1024
+    assert (
+        peak_memory() - before < 8 * 8 * mb + 32 * mb + 8 * mb
+    )  # shares, one tensor, and little else
+
+
+def test_unknown_numbers(tmp_path):
+    header = json.dumps({"x": {"dtype": "F4", "shape": [2, 2], "data_offsets": [0, 2]}}).encode()
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(2))
+    with pytest.raises(ValueError, match="x.safetensors: tensors of type F4 .x. are not read"):
+        Tensors([file])

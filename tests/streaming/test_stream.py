@@ -461,5 +461,5 @@ def test_weights_in_bfloat16_give_a_cache_in_bfloat16():
     stream = new(lm)
     stream.feed([prompt(3)])
     (out,) = next(stream.run())
-    caches = jax.tree.leaves(dataclasses.replace(stream.state.caches, clock=None))
+    caches = jax.tree.leaves(dataclasses.replace(stream.state.caches, clocks=()))
     assert len(out.tokens) == 1 and all(x.dtype == jnp.bfloat16 for x in caches)
