@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sinkjax.models.families.llama import PRESETS
+from sinkjax.models.families import PRESETS
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "aot_report.py"
 

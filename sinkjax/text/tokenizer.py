@@ -28,12 +28,24 @@ _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_LARGE, _SMALL = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_O200K_SPLIT = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_LARGE}*{_SMALL}+{_ENDING}"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?{_LARGE}+{_SMALL}*{_ENDING}"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _SPLITS: dict[str, tuple[str, ...]] = {
     "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2_SPLIT, r"\p{N}+", r"[0-9][0-9][0-9]"),
     "gpt-2": (_GPT2_SPLIT,),
     "llama-bpe": (_LLAMA3_SPLIT,),
     "qwen2": (_LLAMA3_SPLIT.replace("{1,3}", ""),),
     "smollm": (r"\p{N}", _GPT2_SPLIT),
+    "olmo": (_GPT2_SPLIT,),  # of GPT-NeoX too
+    "mpt": (_GPT2_SPLIT,),
+    "falcon": (r"[\p{P}\$\+<=>\^~\|`]+", _GPT2_SPLIT, r"[0-9][0-9][0-9]"),
+    "bloom": (r" ?[^(\s|.,!?…。，、।۔،)]+",),
+    "gpt-4o": (_O200K_SPLIT,),  # of gpt-oss
 }
 
 # `tokenizer.ggml.token_type`

@@ -1,21 +1,55 @@
 """One file per family of models: its config, and its table of weight names."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sinkjax.models.config import Config
-from sinkjax.models.families import llama, mistral, qwen2, qwen3
-from sinkjax.models.families.common import Shapes, common_from_gguf, common_from_hf
+from sinkjax.models.families import (
+    bloom,
+    falcon,
+    gemma,
+    gemma2,
+    gemma3,
+    gpt_neox,
+    gpt_oss,
+    gptj,
+    llama,
+    mistral,
+    mixtral,
+    mpt,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+)
+from sinkjax.models.families.common import Family, FileWeights, Shapes, common_from_gguf
 
-FAMILIES = {module.FAMILY.name: module.FAMILY for module in (llama, mistral, qwen2, qwen3)}
+_MODULES = (
+    llama,
+    mistral,
+    qwen2,
+    qwen3,
+    gpt_neox,
+    gptj,
+    falcon,
+    mpt,
+    bloom,
+    phi3,
+    gemma,
+    gemma2,
+    gemma3,
+    mixtral,
+    qwen3_moe,
+    gpt_oss,
+)
+# Configs by name, to ask a compiler about a model without its weights.
+PRESETS = {name: c for m in _MODULES for name, c in getattr(m, "PRESETS", {}).items()}
+FAMILIES = {module.FAMILY.name: module.FAMILY for module in _MODULES}
+FAMILIES[gemma3.SEEING.name] = gemma3.SEEING
 ARCHITECTURES = {f.architecture: f for f in FAMILIES.values() if f.architecture is not None}
-
-_DROPPED = re.compile(r".*rotary_emb\.inv_freq|rope_freqs\.weight")  # computed from the config
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> Config:
@@ -30,11 +64,14 @@ def config_from_hf(hf: Mapping[str, Any]) -> Config:
             f"model_type {hf.get('model_type')!r} is not supported: "
             f"expected one of {', '.join(FAMILIES)}"
         )
-    return Config(family=family.name, **{**common_from_hf(hf), **family.from_hf(hf)})
+    return Config(family=family.name, **family.from_hf(hf))
 
 
 def config_from_gguf(
-    metadata: Mapping[str, Any], shapes: Shapes, rope_factors: np.ndarray | None = None
+    metadata: Mapping[str, Any],
+    shapes: Shapes,
+    rope_factors: np.ndarray | None = None,
+    longrope: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Config:
     """The config of a model, from its GGUF metadata.
 
@@ -43,6 +80,7 @@ def config_from_gguf(
         shapes: of the tensors, by name, the output axis first.
         rope_factors: the tensor `rope_freqs.weight` `[head_dim/2]`, if there is one: what each
             rotary frequency is divided by.
+        longrope: the tensors `rope_factors_short.weight` and `rope_factors_long.weight`, likewise.
 
     Raises:
         ValueError: an unknown `general.architecture`, or as `config_from_hf`.
@@ -54,50 +92,30 @@ def config_from_gguf(
             f"general.architecture {architecture!r} is not supported: "
             f"expected one of {', '.join(ARCHITECTURES)}"
         )
-    common = common_from_gguf(metadata, shapes, rope_factors)
+    common = common_from_gguf(metadata, shapes, rope_factors, longrope)
     return Config(family=family.name, **{**common, **family.from_gguf(metadata, shapes)})
 
 
-def weights_from_hf(
-    config: Config, tensors: Iterable[tuple[str, np.ndarray]], dtype=jnp.float32
-) -> dict[str, jax.Array]:
+def weights_from_hf(config: Config, tensors: Mapping[str, np.ndarray]) -> FileWeights:
     """The weights that `Decoder.from_weights` takes, from those of a Hugging Face checkpoint.
-
-    One tensor is taken at a time, so that the file's arrays need not all be in memory.
 
     Args:
         config: of the model.
-        tensors: names and arrays. A name that the family does not have is kept as it is, for
-            `Decoder.from_weights` to report.
-        dtype: that the weights are cast to.
+        tensors: by name, perhaps read when they are asked for.
     """
-    table = {weight.hf: weight for weight in FAMILIES[config.family].weights}
-    return _weights(config, tensors, table, dtype, permuted=False)
+    family = FAMILIES[config.family]
+    rows = [(weight.path, weight.hf) for weight in family.weights if weight.hf is not None]
+    return FileWeights(config, tensors, rows, prefix=family.prefix, ignored=_ignored(family))
 
 
-def weights_from_gguf(
-    config: Config, tensors: Iterable[tuple[str, np.ndarray]], dtype=jnp.float32
-) -> dict[str, jax.Array]:
+def weights_from_gguf(config: Config, tensors: Mapping[str, np.ndarray]) -> FileWeights:
     """As `weights_from_hf`, from the dequantised tensors of a GGUF file."""
     family = FAMILIES[config.family]
-    table = {weight.gguf: weight for weight in family.weights}
-    return _weights(config, tensors, table, dtype, permuted=family.permuted)
+    rows = [(weight.path, weight.gguf) for weight in family.weights if weight.gguf is not None]
+    return FileWeights(config, tensors, rows, ignored=_ignored(family))
 
 
-def _weights(config, tensors, table, dtype, *, permuted) -> dict[str, jax.Array]:
-    weights = {}
-    for name, x in tensors:
-        layer = re.search(r"\.(\d+)\.", name)
-        weight = table.get(name if layer is None else name.replace(layer[1], "{}", 1))
-        if _DROPPED.fullmatch(name):
-            continue
-        if weight is None:
-            path = name
-        else:
-            path = weight.path if layer is None else weight.path.format(layer[1])
-            x = weight.arrange(x, config, permuted=permuted)
-        if path == "head" and config.tied_embeddings:
-            continue  # a copy of the embedding, or never used
-        # A copy, not a view of the file: the file may change or go.
-        weights[path] = jnp.array(x, dtype=dtype)
-    return weights
+def _ignored(family: Family) -> Callable[[str], bool]:
+    # What is computed from the config, and what a family says.
+    pattern = re.compile(rf".*rotary_emb\.inv_freq|rope_freqs\.weight|{family.ignored or '(?!)'}")
+    return lambda name: pattern.fullmatch(name) is not None

@@ -1,40 +1,69 @@
 """What the families share: how a config is read, and which tensor of a file goes where."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from sinkjax.models.config import Config
+from sinkjax.models.config import Config, Experts
 from sinkjax.models.positions import RopeScaling, Rotary
 
 Values = Mapping[str, Any]  # of config.json, or the metadata of a GGUF file
 Shapes = Mapping[str, tuple[int, ...]]  # of the tensors of a GGUF file
 
+# How config.json names what `Config.activation` names.
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
 
-@dataclasses.dataclass(frozen=True)
-class Weight:
-    """One row of a table of weight names. `{}` stands for the number of the layer.
+
+class Source(NamedTuple):
+    """What a weight is made of in one kind of file.
 
     Attributes:
-        path: in a `Decoder`.
-        hf, gguf: its name in a Hugging Face checkpoint, and in a GGUF file.
-        matrix: the files store it as [output, input], a `Decoder` as [input, output].
-        heads: the field of `Config` that counts its heads, where llama.cpp permutes its rows.
+        names: of tensors. `{}` stands for the number of the layer, `{x}` for that of each expert.
+        make: from the config and the tensors (those of the experts stacked along a new first
+            axis) to the array as a `Decoder` has it.
+    """
+
+    names: tuple[str, ...]
+    make: Callable[..., np.ndarray]
+
+
+class Weight(NamedTuple):
+    """One row of a table of weights. A weight may have several rows, for files that differ: the
+    first whose tensors are all there is taken.
+
+    Attributes:
+        path: in a `Decoder`; `{}` stands for the number of the layer.
+        hf, gguf: in a Hugging Face checkpoint, and in a GGUF file; None: not in such files.
     """
 
     path: str
-    hf: str
-    gguf: str
-    matrix: bool = False
-    heads: Literal["heads", "kv_heads"] | None = None
+    hf: Source | None
+    gguf: Source | None = None
 
-    def arrange(self, x: np.ndarray, config: Config, *, permuted: bool) -> np.ndarray:
-        """The array as a `Decoder` has it, from the array as a file has it."""
-        if permuted and self.heads is not None:
-            x = unpermute(x, getattr(config, self.heads))
-        return x.T if self.matrix else x
+
+def plain(name: str) -> Source:
+    """The tensor as it is."""
+    return Source((name,), lambda config, x: x)
+
+
+def transposed(name: str) -> Source:
+    """A matrix, or one for each expert: files have [output, input], a `Decoder` the reverse."""
+    return Source((name,), lambda config, x: x.swapaxes(-1, -2))
+
+
+def plus_one(name: str) -> Source:
+    """A norm whose file has the difference from 1 (Gemma)."""
+    return Source((name,), lambda config, x: 1 + x.astype(np.float32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,57 +72,157 @@ class Family:
 
     Attributes:
         name: its `model_type` in config.json.
-        from_hf: fields of `Config` that config.json decides, beyond those that all families have.
+        from_hf: the fields of `Config`, from config.json.
         weights: the table of its weights.
+        prefix: of most names in a Hugging Face checkpoint; some files leave it out.
+        ignored: a pattern of tensors that the model does not need.
         architecture: its `general.architecture` in GGUF, if it has one of its own.
-        from_gguf: as `from_hf`, from the metadata and the shapes of the tensors.
-        permuted: llama.cpp stores the rows of its q and k for interleaved rotary.
+        from_gguf: the fields of `Config` that are not as `common_from_gguf` says, from the
+            metadata and the shapes of the tensors.
     """
 
     name: str
     from_hf: Callable[[Values], dict[str, Any]]
     weights: tuple[Weight, ...]
+    prefix: str = "model."
+    ignored: str | None = None
     architecture: str | None = None
     from_gguf: Callable[[Values, Shapes], dict[str, Any]] = lambda metadata, shapes: {}
-    permuted: bool = False
 
 
-def _block(
-    path: str,
-    hf: str,
-    gguf: str,
-    matrix: bool = False,
-    heads: Literal["heads", "kv_heads"] | None = None,
-) -> Weight:
+class FileWeights(Mapping[str, np.ndarray]):
+    """The weights of a `Decoder` by name, each made from the tensors of a file when it is asked
+    for: no more than one need be in memory.
+
+    Tensors that the table does not know are there under their own names, for
+    `Decoder.from_weights` to report.
+
+    Args:
+        config: of the model.
+        tensors: of the file, by name.
+        rows: path and source of each weight.
+        prefix: left out of the names where the file does.
+        ignored: whether a tensor is not needed.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        tensors: Mapping[str, np.ndarray],
+        rows: list[tuple[str, Source]],
+        *,
+        prefix: str = "",
+        ignored: Callable[[str], bool],
+    ):
+        self._config, self._tensors = config, tensors
+        self._made: dict[str, tuple[Source, list[list[str]]]] = {}
+        experts = config.experts.count if config.experts else 0
+        used = set()
+
+        def found(name: str) -> str:
+            return name if name in tensors else name.removeprefix(prefix)
+
+        for pattern, source in rows:
+            for layer in range(config.layers) if "{}" in pattern else (0,):
+                path = pattern.format(layer)
+                names = [
+                    [
+                        found(name.format(layer, x=x))
+                        for x in (range(experts) if "{x}" in name else (0,))
+                    ]
+                    for name in source.names
+                ]
+                flat = [name for several in names for name in several]
+                if path not in self._made and flat and all(name in tensors for name in flat):
+                    used.update(flat)
+                    self._made[path] = source, names
+        self._surplus = {n: None for n in tensors if n not in used and not ignored(n)}
+        if config.tied_embeddings:
+            self._made.pop("head", None)  # a copy of the embedding, or never used
+
+    def __getitem__(self, path: str) -> np.ndarray:
+        if path not in self._made:
+            return self._tensors[path]
+        source, names = self._made[path]
+        arrays = []
+        for pattern, several in zip(source.names, names, strict=True):
+            parts = [self._tensors[name] for name in several]
+            arrays.append(np.stack(parts) if "{x}" in pattern else parts[0])
+        return source.make(self._config, *arrays)
+
+    def __contains__(self, path: object) -> bool:  # Mapping's own would load the tensor
+        return path in self._made or path in self._surplus
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._made
+        yield from self._surplus
+
+    def __len__(self) -> int:
+        return len(self._made) + len(self._surplus)
+
+
+def block(path: str, make: Callable[[str], Source], hf: str, gguf: str | None = None) -> Weight:
+    """A row of a layer whose names are as in Llama."""
     return Weight(
-        f"blocks.{{}}.{path}", f"model.layers.{{}}.{hf}", f"blk.{{}}.{gguf}", matrix, heads
+        f"blocks.{{}}.{path}",
+        make(f"model.layers.{{}}.{hf}"),
+        None if gguf is None else make(f"blk.{{}}.{gguf}"),
     )
 
 
-WEIGHTS = (
-    Weight("embed", "model.embed_tokens.weight", "token_embd.weight"),
-    Weight("norm", "model.norm.weight", "output_norm.weight"),
-    Weight("head", "lm_head.weight", "output.weight"),
-    _block("attention_norm", "input_layernorm.weight", "attn_norm.weight"),
-    _block("attention.q", "self_attn.q_proj.weight", "attn_q.weight", True, "heads"),
-    _block("attention.k", "self_attn.k_proj.weight", "attn_k.weight", True, "kv_heads"),
-    _block("attention.v", "self_attn.v_proj.weight", "attn_v.weight", True),
-    _block("attention.out", "self_attn.o_proj.weight", "attn_output.weight", True),
-    _block("mlp_norm", "post_attention_layernorm.weight", "ffn_norm.weight"),
-    _block("mlp.gate", "mlp.gate_proj.weight", "ffn_gate.weight", True),
-    _block("mlp.up", "mlp.up_proj.weight", "ffn_up.weight", True),
-    _block("mlp.down", "mlp.down_proj.weight", "ffn_down.weight", True),
+EMBED = Weight("embed", plain("model.embed_tokens.weight"), plain("token_embd.weight"))
+HEAD = Weight("head", plain("lm_head.weight"), plain("output.weight"))
+ENDS = (EMBED, Weight("norm", plain("model.norm.weight"), plain("output_norm.weight")), HEAD)
+ATTENTION = (
+    block("attention.q", transposed, "self_attn.q_proj.weight", "attn_q.weight"),
+    block("attention.k", transposed, "self_attn.k_proj.weight", "attn_k.weight"),
+    block("attention.v", transposed, "self_attn.v_proj.weight", "attn_v.weight"),
+    block("attention.out", transposed, "self_attn.o_proj.weight", "attn_output.weight"),
 )
+MLP = (
+    block("mlp.gate", transposed, "mlp.gate_proj.weight", "ffn_gate.weight"),
+    block("mlp.up", transposed, "mlp.up_proj.weight", "ffn_up.weight"),
+    block("mlp.down", transposed, "mlp.down_proj.weight", "ffn_down.weight"),
+)
+NORMS = (
+    block("attention_norm", plain, "input_layernorm.weight", "attn_norm.weight"),
+    block("mlp_norm", plain, "post_attention_layernorm.weight", "ffn_norm.weight"),
+)
+WEIGHTS = ENDS + NORMS + ATTENTION + MLP
 QKV_BIAS = (
-    _block("attention.q_bias", "self_attn.q_proj.bias", "attn_q.bias", heads="heads"),
-    _block("attention.k_bias", "self_attn.k_proj.bias", "attn_k.bias", heads="kv_heads"),
-    _block("attention.v_bias", "self_attn.v_proj.bias", "attn_v.bias"),
+    block("attention.q_bias", plain, "self_attn.q_proj.bias", "attn_q.bias"),
+    block("attention.k_bias", plain, "self_attn.k_proj.bias", "attn_k.bias"),
+    block("attention.v_bias", plain, "self_attn.v_proj.bias", "attn_v.bias"),
 )
-OUT_BIAS = (_block("attention.out_bias", "self_attn.o_proj.bias", "attn_output.bias"),)
+OUT_BIAS = (block("attention.out_bias", plain, "self_attn.o_proj.bias", "attn_output.bias"),)
+MLP_BIAS = (
+    block("mlp.gate_bias", plain, "mlp.gate_proj.bias", "ffn_gate.bias"),
+    block("mlp.up_bias", plain, "mlp.up_proj.bias", "ffn_up.bias"),
+    block("mlp.down_bias", plain, "mlp.down_proj.bias", "ffn_down.bias"),
+)
 QK_NORM = (
-    _block("attention.q_norm", "self_attn.q_norm.weight", "attn_q_norm.weight"),
-    _block("attention.k_norm", "self_attn.k_norm.weight", "attn_k_norm.weight"),
+    block("attention.q_norm", plain, "self_attn.q_norm.weight", "attn_q_norm.weight"),
+    block("attention.k_norm", plain, "self_attn.k_norm.weight", "attn_k_norm.weight"),
 )
+
+
+def permuted(weights: tuple[Weight, ...]) -> tuple[Weight, ...]:
+    """The table of an architecture whose q and k llama.cpp stores for interleaved rotary."""
+
+    def undone(weight: Weight) -> Weight:
+        heads = {"q": "heads", "k": "kv_heads"}.get(
+            weight.path.removeprefix("blocks.{}.attention.").removesuffix("_bias")
+        )
+        if heads is None or weight.gguf is None:
+            return weight
+        make = weight.gguf.make
+        return weight._replace(
+            gguf=weight.gguf._replace(
+                make=lambda config, x: make(config, unpermute(x, getattr(config, heads)))
+            )
+        )
+
+    return tuple(map(undone, weights))
 
 
 def unpermute(x: np.ndarray, heads: int) -> np.ndarray:
@@ -104,15 +233,12 @@ def unpermute(x: np.ndarray, heads: int) -> np.ndarray:
 
 
 def common_from_hf(hf: Values) -> dict[str, Any]:
-    """The fields of `Config` that every family reads alike from config.json.
+    """The fields of `Config` that most families read alike from config.json.
 
     Raises:
         ValueError: a size is missing or no whole number, or a switch has a value that no
             family here computes.
     """
-    for key, supported in (("hidden_act", "silu"), ("mlp_bias", False)):
-        if hf.get(key, supported) != supported:
-            raise ValueError(f"{key} {hf[key]!r} is not supported: expected {supported!r}")
     if hf.get("quantization_config"):
         method = hf["quantization_config"].get("quant_method")
         raise ValueError(
@@ -121,12 +247,9 @@ def common_from_hf(hf: Values) -> dict[str, Any]:
         )
     # transformers 5 keeps all that concerns rotary in one place, transformers 4 did not.
     rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
-    partial = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0))
-    if partial != 1:
-        raise ValueError(
-            f"partial_rotary_factor {partial} is not supported: expected 1 (all of a head turns)"
-        )
     heads, hidden = whole(hf, "num_attention_heads"), whole(hf, "hidden_size")
+    head_dim = whole(hf, "head_dim", hidden // max(heads, 1))
+    partial = rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0
     context = whole(hf, "max_position_embeddings")
     return {
         "vocab_size": whole(hf, "vocab_size"),
@@ -135,19 +258,33 @@ def common_from_hf(hf: Values) -> dict[str, Any]:
         "layers": whole(hf, "num_hidden_layers"),
         "heads": heads,
         "kv_heads": whole(hf, "num_key_value_heads", heads),
-        "head_dim": whole(hf, "head_dim", hidden // max(heads, 1)),
+        "head_dim": head_dim,
         "norm_eps": float(hf.get("rms_norm_eps", 1e-6)),
         "rope_base": float(rope.get("rope_theta") or hf.get("rope_theta") or 10_000.0),
-        "rope_scaling": _scaling_from_hf(hf, rope, context),
+        "rope_scaling": scaling_from_hf(hf, rope, context),
+        "rotary_dim": None if partial == 1 else int(head_dim * partial),
         "trained_context": context,
+        "activation": activation(hf.get("hidden_act", "silu")),
+        "mlp_bias": bool(hf.get("mlp_bias", False)),
         "tied_embeddings": bool(hf.get("tie_word_embeddings", False)),
     }
 
 
-def _scaling_from_hf(hf: Values, rope: Values, context: int) -> RopeScaling | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
+def activation(name: Any) -> str:
+    """How `Config` names what config.json names `hidden_act`. Raises ValueError: unknown."""
+    if name not in _ACTIVATIONS:
+        known = ", ".join(_ACTIVATIONS)
+        raise ValueError(f"hidden_act {name!r} is not supported: expected one of {known}")
+    return _ACTIVATIONS[name]
+
+
+def scaling_from_hf(hf: Values, rope: Values, context: int) -> RopeScaling | None:
+    """The scaling that the values of `rope_scaling` or `rope_parameters` describe."""
+    kind: Any = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
+    if kind == "su":  # as Phi-3 first called it
+        kind = "longrope"
     original = (
         rope.get("original_max_position_embeddings")
         or hf.get("original_max_position_embeddings")
@@ -156,54 +293,75 @@ def _scaling_from_hf(hf: Values, rope: Values, context: int) -> RopeScaling | No
     factor = rope.get("factor")
     own = ["low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "truncate"]
     own += ["attention_factor", "mscale", "mscale_all_dim"]
+    longrope: dict[str, Any] = {
+        f"{name}s": tuple(map(float, rope[name]))
+        for name in ("short_factor", "long_factor")
+        if rope.get(name) is not None
+    }
     return RopeScaling(
         kind=kind,
         factor=float(context / original if factor is None else factor),
         original_max_position=int(original),
         **{name: rope[name] for name in own if rope.get(name) is not None},
+        **longrope,
     )
 
 
-def window_by_layer(hf: Values) -> int | None:
-    """The sliding window of a family whose config says which layers have one.
-
-    Raises:
-        ValueError: some layers have one and some do not.
-    """
+def window_by_layer(hf: Values) -> dict[str, Any]:
+    """`sliding_window` and `local_layers` of a family whose config says which layers have one."""
     layers = whole(hf, "num_hidden_layers")
     if kinds := hf.get("layer_types"):
-        sliding = sum(kind == "sliding_attention" for kind in kinds)
+        if len(kinds) != layers or not set(kinds) <= {"sliding_attention", "full_attention"}:
+            raise ValueError(
+                "layer_types must say sliding_attention or full_attention for each of "
+                f"{layers} layers, got {', '.join(sorted(set(kinds)))} for {len(kinds)}"
+            )
+        local = tuple(kind == "sliding_attention" for kind in kinds)
     elif hf.get("use_sliding_window", False):
-        sliding = max(0, layers - hf.get("max_window_layers", 0))
+        local = tuple(layer >= hf.get("max_window_layers", 0) for layer in range(layers))
     else:
-        sliding = 0
-    if 0 < sliding < layers:
-        raise ValueError(
-            f"{sliding} of {layers} layers with a sliding window is not supported: "
-            "expected all (max_window_layers 0) or none (use_sliding_window false)"
-        )
-    return whole(hf, "sliding_window") if sliding else None
+        local = (False,) * layers
+    return windows(hf, local)
+
+
+def windows(hf: Values, local: tuple[bool, ...]) -> dict[str, Any]:
+    """`sliding_window` and `local_layers` where these layers have the window of config.json."""
+    if not any(local) or hf.get("sliding_window") is None:
+        return {"sliding_window": None}
+    window = whole(hf, "sliding_window")
+    return {"sliding_window": window, "local_layers": None if all(local) else local}
 
 
 def common_from_gguf(
-    metadata: Values, shapes: Shapes, rope_factors: np.ndarray | None
+    metadata: Values,
+    shapes: Shapes,
+    rope_factors: np.ndarray | None,
+    longrope: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> dict[str, Any]:
     """The fields of `Config` that every architecture reads alike from GGUF metadata.
 
     Raises:
         ValueError: as `common_from_hf`.
     """
-    own = _own(metadata)
-    if own.get("expert_count"):
-        raise ValueError(f"a mixture of {own['expert_count']} experts is not supported")
+    own = own_values(metadata)
     heads, hidden = whole(own, "attention.head_count"), whole(own, "embedding_length")
     head_dim = whole(own, "attention.key_length", hidden // max(heads, 1))
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if own.get(key, head_dim) != head_dim:
-            raise ValueError(f"{key} {own[key]} is not supported: expected {head_dim}, as of keys")
+    if (value_dim := own.get("attention.value_length", head_dim)) != head_dim:
+        raise ValueError(
+            f"attention.value_length {value_dim} is not supported: expected {head_dim}, as of keys"
+        )
+    rotary_dim = own.get("rope.dimension_count", head_dim)
     if "token_embd.weight" not in shapes:
         raise ValueError("the file has no tensor 'token_embd.weight'")
     base = float(own.get("rope.freq_base", 10_000.0))
+    experts = None
+    if count := own.get("expert_count"):
+        experts = Experts(
+            count,
+            whole(own, "expert_used_count"),
+            whole(own, "expert_feed_forward_length", own.get("feed_forward_length")),
+        )
+    eps = own.get("attention.layer_norm_rms_epsilon", own.get("attention.layer_norm_epsilon", 1e-6))
     return {
         "vocab_size": shapes["token_embd.weight"][0],
         "hidden_size": hidden,
@@ -212,28 +370,45 @@ def common_from_gguf(
         "heads": heads,
         "kv_heads": whole(own, "attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "norm_eps": float(own.get("attention.layer_norm_rms_epsilon", 1e-6)),
+        "norm_eps": float(eps),
         "rope_base": base,
-        "rope_scaling": _scaling_from_gguf(own, head_dim, base, rope_factors),
+        "rope_scaling": _scaling_from_gguf(own, rotary_dim, base, rope_factors, longrope),
+        "rotary_dim": None if rotary_dim == head_dim else rotary_dim,
+        "experts": experts,
         "trained_context": whole(own, "context_length"),
         "tied_embeddings": "output.weight" not in shapes,
         "sliding_window": own.get("attention.sliding_window") or None,
     }
 
 
-def _own(metadata: Values) -> dict[str, Any]:
+def own_values(metadata: Values) -> dict[str, Any]:
     """The entries of the file's own architecture, without its name in front of each."""
     prefix = f"{metadata['general.architecture']}."
     return {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
 
 
 def _scaling_from_gguf(
-    own: Values, head_dim: int, base: float, factors: np.ndarray | None
+    own: Values,
+    head_dim: int,
+    base: float,
+    factors: np.ndarray | None,
+    longrope: tuple[np.ndarray, np.ndarray] | None,
 ) -> RopeScaling | None:
     kind = own.get("rope.scaling.type", "none")
     original = int(own.get("rope.scaling.original_context_length", 0))
     if factors is not None:
         return _llama3_scaling(factors, head_dim, base, original or 8192)
+    if longrope is not None:  # of which most files do not name the kind
+        context = whole(own, "context_length")
+        short, long = (tuple(map(float, each)) for each in longrope)
+        return RopeScaling(
+            kind="longrope",
+            factor=context / (original or context),
+            original_max_position=original or context,
+            attention_factor=own.get("rope.scaling.attn_factor"),
+            short_factors=short,
+            long_factors=long,
+        )
     if kind == "none":
         return None
     factor = float(own.get("rope.scaling.factor", 0.0))

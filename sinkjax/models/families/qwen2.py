@@ -7,12 +7,13 @@ from sinkjax.models.families.common import (
     WEIGHTS,
     Family,
     Values,
+    common_from_hf,
     window_by_layer,
 )
 
 
 def _from_hf(hf: Values) -> dict[str, Any]:
-    return {"qkv_bias": True, "sliding_window": window_by_layer(hf)}
+    return common_from_hf(hf) | {"qkv_bias": True} | window_by_layer(hf)
 
 
 FAMILY = Family(

@@ -9,6 +9,7 @@ from sinkjax.models.families.common import (
     WEIGHTS,
     Family,
     Values,
+    common_from_hf,
     whole,
     window_by_layer,
 )
@@ -16,13 +17,10 @@ from sinkjax.models.families.common import (
 
 def _from_hf(hf: Values) -> dict[str, Any]:
     bias = bool(hf.get("attention_bias", False))
-    return {
-        "qk_norm": True,
-        "qkv_bias": bias,
-        "out_bias": bias,
-        "head_dim": whole(hf, "head_dim", 128),
-        "sliding_window": window_by_layer(hf),
-    }
+    own = {"qk_norm": True, "qkv_bias": bias, "out_bias": bias}
+    return (
+        common_from_hf({**hf, "head_dim": whole(hf, "head_dim", 128)}) | own | window_by_layer(hf)
+    )
 
 
 FAMILY = Family(
