@@ -1,6 +1,8 @@
 """What a model remembers. One policy per file, one protocol (see `protocol.py`)."""
 
 from sinkjax.caches.full import CacheFull, FullCache
+from sinkjax.caches.heads import HeadSplit
+from sinkjax.caches.pattern import read_gates, retrieval_heads, write_gates
 from sinkjax.caches.protocol import (
     Cache,
     LayerCaches,
@@ -13,11 +15,13 @@ from sinkjax.caches.protocol import (
     by_layer,
 )
 from sinkjax.caches.ring import SinkRing
+from sinkjax.caches.spec import parse_policy
 
 __all__ = [
     "Cache",
     "CacheFull",
     "FullCache",
+    "HeadSplit",
     "LayerCaches",
     "LayerPolicy",
     "ModelPolicy",
@@ -27,4 +31,8 @@ __all__ = [
     "Scores",
     "SinkRing",
     "by_layer",
+    "parse_policy",
+    "read_gates",
+    "retrieval_heads",
+    "write_gates",
 ]

@@ -66,11 +66,12 @@ PLAIN = Scores()
 
 
 class Cache(Protocol):
-    """What one layer remembers: a frozen dataclass with the fields `clock` and `policy`, and one
-    verb. What its clock holds follows from its policy: layers of the same policy share one."""
+    """What one layer remembers: a frozen dataclass with one verb.
 
-    @property
-    def clock(self) -> Clock: ...
+    It has a field `clock`, and what that holds follows from its policy: layers of the same policy
+    share one. A cache that is made of others has none, and names the fields that hold them in
+    `parts`.
+    """
 
     @property
     def policy(self) -> "LayerPolicy": ...
@@ -215,11 +216,14 @@ class LayerCaches:
 
     @classmethod
     def of(cls, caches: Iterable[Cache]) -> Self:
-        caches = tuple(caches)
         clocks: dict[LayerPolicy, Clock] = {}
-        for cache in caches:
+
+        def without(cache: Any) -> Any:
             clocks.setdefault(cache.policy, cache.clock)
-        return cls(tuple(_with_clock(c, None) for c in caches), tuple(clocks.values()))
+            return dataclasses.replace(cache, clock=None)
+
+        layers = tuple(_each(without, cache) for cache in caches)
+        return cls(layers, tuple(clocks.values()))
 
     @classmethod
     def init(
@@ -243,9 +247,14 @@ class LayerCaches:
         )
 
     def __iter__(self) -> Iterator[Cache]:
-        policies = dict.fromkeys(cache.policy for cache in self.layers)
-        clocks = dict(zip(policies, self.clocks, strict=True))
-        return (_with_clock(c, clocks[c.policy]) for c in self.layers)
+        unread, clocks = iter(self.clocks), {}
+
+        def put(cache: Any) -> Any:
+            if cache.policy not in clocks:  # met in the order in which `of` met them
+                clocks[cache.policy] = next(unread)
+            return dataclasses.replace(cache, clock=clocks[cache.policy])
+
+        return (_each(put, cache) for cache in self.layers)
 
     @property
     def position(self) -> UInt32[Array, " B"]:
@@ -253,8 +262,12 @@ class LayerCaches:
         return self.clocks[0].position
 
 
-def _with_clock(cache: Any, clock: Clock | None) -> Any:
-    return dataclasses.replace(cache, clock=clock)
+def _each(f: Callable[[Any], Any], cache: Any) -> Any:
+    """A cache with f of it, or of each cache that it is made of (its fields named in `parts`)."""
+    if not hasattr(cache, "parts"):
+        return f(cache)
+    new = {name: _each(f, getattr(cache, name)) for name in cache.parts}
+    return dataclasses.replace(cache, **new)
 
 
 def rotated(positions: Positions | None, x: Array, at: Array) -> Array:

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from sinkjax.caches import LayerCaches, PerLayer, Policy, SinkRing, by_layer
+from sinkjax.caches.heads import SplitHeads
 from sinkjax.mesh import MODEL
 from sinkjax.models.config import Config
 from sinkjax.models.layers import (
@@ -64,9 +65,11 @@ class Decoder(nnx.Module):
 
     Attributes:
         attention_backend: of the ops of `pallas_kernels`; None: the best that serves.
+        rows_axis: the mesh axis over which the rows of a batch are spread; None: none.
     """
 
     attention_backend: str | None = None
+    rows_axis: str | None = None
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs | None, dtype=jnp.float32, shards=1):
         self.config, self.shards = config, shards
@@ -143,10 +146,14 @@ class Decoder(nnx.Module):
 
         Raises:
             ValueError: the policy lets a token attend further back than the model's own window,
-                or is for a model of other sizes.
+                is for a model of other sizes, or has heads of two kinds for several devices.
         """
         c = self.config
         policies = list(by_layer(policy, c.layers, c.kv_heads))
+        if self.shards > 1 and any(isinstance(own, SplitHeads) for own in policies):
+            raise ValueError(
+                "heads of two kinds are not spread over devices yet: take a mesh of data alone"
+            )
         for layer, own in enumerate(policies):
             window = c.window(layer)
             if window is None or own.reach <= window:
