@@ -26,7 +26,7 @@ from pallas_kernels.ring import empty_ring
 from pallas_kernels.ring_decode import ring_decode
 from pallas_kernels.sink_attention import sink_attention
 from sinkjax.caches import SinkRing
-from sinkjax.models import Config, Decoder
+from sinkjax.models import Config, Decoder, parameters
 from sinkjax.models.families import PRESETS
 from sinkjax.streaming import LanguageModel, Sampling
 
@@ -66,6 +66,17 @@ def at(target: str, tree):
     """The shapes of a tree, on the target."""
     sharding = targets.sharding(target)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def weights_at(target: str, model: Decoder) -> Decoder:
+    """The shapes of a model on the target, as `parameters.Parameter.placed` puts them there."""
+    sharding = targets.sharding(target)
+
+    def where(x):
+        format = parameters.row_major(sharding, len(x.shape))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=format)
+
+    return jax.tree.map(where, model)
 
 
 def backend(target: str) -> str:
@@ -150,7 +161,7 @@ def steps(name: str, config: Config, kv_dtypes: Sequence[str]) -> Iterator[Progr
 
     def lm(target) -> LanguageModel:
         model = nnx.eval_shape(lambda: Decoder(config, rngs=None, dtype=jnp.bfloat16))
-        return LanguageModel(at(target, model), attention_backend=backend(target))
+        return LanguageModel(weights_at(target, model), attention_backend=backend(target))
 
     for kv_dtype in kv_dtypes:
         policy = SinkRing(4, C - 4, kv_dtype=kv_dtype)

@@ -14,7 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.experimental.layout import Format, Layout
+from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jaxtyping import Array
 
 from sinkjax.mesh import MODEL, spec_of
@@ -42,6 +43,13 @@ def check_shards(config: Config, shards: int) -> None:
             f"{', '.join(wrong)}. Take a number of devices that divides them (of KV heads there "
             "may be fewer, if they divide it)"
         )
+
+
+def row_major(sharding: Sharding, axes: int) -> Format:
+    """Where an array lies, with its axes in their order. A TPU else takes the order that pads
+    least, such as the reverse where a width is no multiple of 128, and then copies the weights back
+    to this one at every step."""
+    return Format(Layout(tuple(range(axes))), sharding)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +163,8 @@ class Parameter:
         for device, shard in places.items():
             held = shares[shard]
             whole = held[0] if len(held) == 1 else np.concatenate(held, axis=-1)
-            arrays.append(jax.device_put(whole, device))
+            where = row_major(SingleDeviceSharding(device), whole.ndim)
+            arrays.append(jax.device_put(whole, where))
         if mesh is None:
             return arrays[0], []
         sharding = NamedSharding(mesh, spec_of(self.axes))

@@ -138,13 +138,16 @@ class LanguageModel:
         # XLA names a program after its function.
         @functools.wraps(f)
         def g(leaves, state, *args, **kwargs):
-            def local(leaves, state, *args):
-                return f(self._merged(leaves), state, *args, **kwargs)
-
             if self.mesh is None:
-                return local(leaves, state, *args)
+                return f(self._merged(leaves), state, *args, **kwargs)
             position = (state.caches if isinstance(state, StreamState) else state).position
             rows = self._rows_axis(position.shape[0])
+
+            def local(leaves, state, *args):
+                model = self._merged(leaves)
+                model.rows_axis = rows
+                return f(model, state, *args, **kwargs)
+
             held = specs_of(state, rows)
             given = [P(rows) if np.ndim(x) else P() for x in args]
             return jax.shard_map(
@@ -159,7 +162,8 @@ class LanguageModel:
 
     def _rows_axis(self, rows: int) -> str | None:
         """The mesh axis over which rows are spread; None: every device has them all."""
-        return None if self.mesh is None or rows % self.mesh.shape[DATA] else DATA
+        groups = 1 if self.mesh is None else self.mesh.shape[DATA]
+        return DATA if groups > 1 and rows % groups == 0 else None
 
     def init_state(
         self, policy: Policy, sampling: Sampling | None = None, *, seeds: Sequence[int] = (0,)
@@ -176,7 +180,10 @@ class LanguageModel:
                 f"with {MODEL}={self.mesh.devices.size}"
             )
         sampling, numbers = sampling or Sampling(), jnp.asarray(seeds, jnp.uint32)
-        return self._placed(lambda: StreamState.init(self.model, policy, sampling, numbers), DATA)
+        return self._placed(
+            lambda: StreamState.init(self.model, policy, sampling, numbers),
+            self._rows_axis(len(seeds)),
+        )
 
     def init_caches(self, policy: Policy) -> LayerCaches:
         """Empty caches for one row, as `score` takes them."""

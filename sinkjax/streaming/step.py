@@ -108,8 +108,14 @@ def decode(
         done before. A row that is done stands still while others go on.
     """
 
+    def goes_on(done: Array) -> Array:
+        live = ~jnp.all(done)
+        if model.rows_axis is None:
+            return live
+        return jax.lax.pmax(live.astype(jnp.int32), model.rows_axis) > 0  # on all devices alike
+
     def step(carry):
-        i, state, drawn = carry
+        i, _, state, drawn = carry
         with jax.named_scope("sample"):
             token = sample(
                 model.logits(state.hidden),
@@ -136,14 +142,15 @@ def decode(
             recent=unless_done(recent, state.recent),
             done=state.done | stopped,
         )
-        return i + 1, state, drawn
+        return i + 1, goes_on(state.done), state, drawn
 
-    def goes_on(carry):
-        i, state, _ = carry
-        return (i < jnp.minimum(steps, limit)) & ~jnp.all(state.done)
+    def unfinished(carry):
+        i, live, *_ = carry
+        return (i < jnp.minimum(steps, limit)) & live
 
     drawn = jnp.full((steps, state.done.shape[0]), -1, jnp.int32)
-    _, state, drawn = jax.lax.while_loop(goes_on, step, (jnp.int32(0), state, drawn))
+    start = (jnp.int32(0), goes_on(state.done), state, drawn)
+    *_, state, drawn = jax.lax.while_loop(unfinished, step, start)
     return state, drawn
 
 

@@ -228,10 +228,11 @@ def test_linear_and_yarn():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rope.scaling.type": "longrope", "rope.scaling.factor": 2.0}, "'longrope' is not"),
+        ({"rope.scaling.type": "longrope", "rope.scaling.factor": 2.0}, "short_factors > 0"),
         ({"rope.scaling.type": "linear"}, "factor must be > 0"),
-        ({"expert_count": 8}, "mixture of 8 experts"),
-        ({"rope.dimension_count": 32}, "rope.dimension_count 32"),
+        ({"expert_count": 8}, "no 'expert_used_count'"),
+        ({"rope.dimension_count": 33}, "even number of dimensions, .* got 33"),
+        ({"attention.value_length": 32}, "attention.value_length 32 is not supported"),
         ({"attention.head_count": [32, 16]}, "one whole number for all layers"),
         ({"block_count": None}, "no 'block_count'"),
     ],
@@ -247,7 +248,9 @@ def test_unknown_architecture(tmp_path, hf_tensors, tiny):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ValueError, match="m.gguf: .*'mamba' is not supported.*llama, qwen2, qwen3"):
+    with pytest.raises(
+        ValueError, match="m.gguf: .*'mamba' is not supported.*llama, qwen2, qwen3, "
+    ):
         open_checkpoint(str(tmp_path / "m.gguf"))
 
 
