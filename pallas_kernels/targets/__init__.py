@@ -24,28 +24,30 @@ _TPUS = {
 }
 _GPUS = {"h200": "1x1x1"}
 NAMES = (*_TPUS, *_GPUS)
+# Slices as Google Cloud sells them: v5p counts cores, two a chip; the others count chips.
+SLICES = {"v5e-4": "v5e:2x2", "v6e-4": "v6e:2x2", "v5p-8": "v5p:2x2x1", "v6e-16": "v6e:4x4"}
 
 
 @functools.cache
 def devices(name: str) -> tuple[jax.Device, ...]:
-    """The devices of a slice of four TPU chips, or of one GPU.
+    """The devices of a slice of four TPU chips, of one in `SLICES`, or of one GPU.
 
     Raises:
         ValueError: an unknown name.
         RuntimeError: the wheels that compile for it are not installed.
     """
-    if name in _TPUS:
+    if topology_name := (_TPUS | SLICES).get(name):
         # libtpu else asks a metadata server that is not there, and locks the chip that is not.
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=_TPUS[name])
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=topology_name)
     elif name in _GPUS:
         config = pathlib.Path(__file__).with_name(f"{name}.txtpb").read_text()
         topology = topologies.get_topology_desc(
             platform="cuda", topology_name=name, topology=_GPUS[name], target_config=config
         )
     else:
-        raise ValueError(f"targets are {', '.join(NAMES)}, got {name!r}")
+        raise ValueError(f"targets are {', '.join((*NAMES, *SLICES))}, got {name!r}")
     return tuple(topology.devices)
 
 
