@@ -21,13 +21,13 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import targets
 from pallas_kernels.ring import Ring
 from sinkjax.caches import SinkRing
-from sinkjax.mesh import AXES, DATA, MODEL, parse, spec_of
+from sinkjax.mesh import DATA, MODEL, over, parse, spec_of
 from sinkjax.models import Config, Decoder, parameters
 from sinkjax.models.families import PRESETS
 from sinkjax.streaming import LanguageModel, Sampling
@@ -75,14 +75,6 @@ def with_layers(config: Config, layers: int) -> Config:
     return dataclasses.replace(
         config, layers=layers, local_layers=None if local is None else local[:layers]
     )
-
-
-def mesh_of(target: str, spec: str) -> Mesh:
-    """A mesh of the devices of a slice."""
-    sizes = parse(spec)
-    auto = (AxisType.Auto,) * len(AXES)
-    devices = targets.devices(target)
-    return jax.make_mesh(tuple(sizes.values()), AXES, devices=devices, axis_types=auto)
 
 
 def on(mesh: Mesh, shape: Any, spec: P) -> jax.ShapeDtypeStruct:
@@ -216,7 +208,7 @@ def said(found: collections.Counter[tuple[str, str, int]]) -> str:
 
 def rows(case: Case, config: Config) -> Iterator[list[str]]:
     """Of the table: the steps of a model on a slice."""
-    mesh = mesh_of(case.target, case.mesh)
+    mesh = over(targets.devices(case.target), parse(case.mesh))
     lm = model_on(config, mesh)
     programs = [(f"decode, {kv} KV", decode, kv) for kv in FLAGS.kv_dtypes]
     if FLAGS.prefill:

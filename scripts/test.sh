@@ -5,4 +5,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" test
 ruff check .
 ruff format --check --quiet .
 mypy
-exec python -m pytest "$@"
+# A file is run by one process: its models are loaded and compiled once.
+exec python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile "$@"

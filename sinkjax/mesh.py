@@ -18,12 +18,13 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
 import numpy as np
 from jax._src import clusters, distributed  # jax has no public name for either
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 DATA, MODEL = AXES = ("data", "model")
@@ -92,7 +93,21 @@ def make(spec: str) -> Mesh:
             f"mesh {spec!r} takes {wanted} of the {there} devices of {jax.process_count()} "
             f"processes: several processes must use all, so choose sizes whose product is {there}"
         )
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return over(jax.devices()[:wanted], sizes)
+
+
+def over(devices: Sequence[jax.Device], sizes: Mapping[str, int]) -> Mesh:
+    """A mesh of just these devices, near ones side by side.
+
+    Args:
+        devices: as many as the product of the sizes.
+        sizes: of each of `AXES`.
+    """
+    # Without splitting, a slice of 4 × 4 chips makes no mesh of 2 × 8.
+    grid = mesh_utils.create_device_mesh(
+        [sizes[axis] for axis in AXES], devices, allow_split_physical_axes=True
+    )
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def spec_of(names: tuple[str | None, ...]) -> PartitionSpec:

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from pallas_kernels import targets
 from sinkjax.caches import SinkRing
+from sinkjax.mesh import over, parse
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "scale_report.py"
 
@@ -24,7 +26,7 @@ def report():
 
 def test_a_step_on_four_chips_talks_of_activations_alone_and_writes_in_place(report):
     """One layer of Llama-3-8B on v5e-4, 32 rows, rings of 4,096."""
-    mesh = report.mesh_of("v5e-4", "model=4")
+    mesh = over(targets.devices("v5e-4"), parse("model=4"))
     lm = report.model_on(report.with_layers(report.PRESETS["llama-3-8b"], 1), mesh)
     state = report.state_on(lm, SinkRing(4, 4092), 32)
     account = report.account(report.decode(lm, state))
@@ -44,7 +46,7 @@ def test_a_step_on_four_chips_talks_of_activations_alone_and_writes_in_place(rep
 
 
 def test_a_gathered_weight_is_found(report):
-    mesh = report.mesh_of("v5e-4", "model=4")
+    mesh = over(targets.devices("v5e-4"), parse("model=4"))
     weight = report.on(mesh, jax.ShapeDtypeStruct((4096, 1024), jnp.bfloat16), P("model"))
     whole = jax.sharding.NamedSharding(mesh, P())
     compiled = jax.jit(lambda w: w + 1, out_shardings=whole).lower(weight).compile()

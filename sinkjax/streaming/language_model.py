@@ -192,15 +192,29 @@ class LanguageModel:
     def _placed(self, init: Callable, rows: str | None) -> Any:
         if self.mesh is None:
             return init()
-        place = functools.partial(NamedSharding, self.mesh)
-        where = jax.tree.map(place, specs_of(jax.eval_shape(init), rows))
+        shapes = jax.eval_shape(init)
+        where = jax.tree.map(
+            # jax leaves an empty result unspread.
+            lambda x, spec: self._sharding(spec if x.size else P()),
+            shapes,
+            specs_of(shapes, rows),
+        )
         return jax.jit(init, out_shardings=where)()
 
     def put_rows(self, x: np.ndarray) -> Array:
         """An array `[B, ...]`, a part of a state, on the devices of its rows."""
         if self.mesh is None:
             return jnp.asarray(x)
-        return jax.device_put(x, NamedSharding(self.mesh, P(self._rows_axis(len(x)))))
+        return jax.device_put(x, self._sharding(P(self._rows_axis(len(x)))))
+
+    def _sharding(self, spec: P) -> NamedSharding:
+        """As jax writes that of a result, without axes of size 1: what is put on devices here and
+        what a step returns are else compiled for apart."""
+        assert self.mesh is not None
+        axes = [axis if axis and self.mesh.shape[axis] > 1 else None for axis in spec]
+        while axes and axes[-1] is None:
+            axes.pop()
+        return NamedSharding(self.mesh, P(*axes))
 
     def check_tokens(self, tokens: Sequence[int] | np.ndarray | Array) -> np.ndarray:
         """The ids as int32. Raises ValueError where one is no id of this model's vocabulary."""
