@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from sinkjax.caches import FullCache, SinkRing
 from sinkjax.cli import define_model_flags, load_model, run
+from sinkjax.mesh import is_main, make
 from sinkjax.models import Config, Decoder
 from sinkjax.streaming import LanguageModel, Sampling, Stream
 
@@ -61,7 +62,12 @@ def load() -> LanguageModel:
         trained_context=2048,
     )
     model = Decoder(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(FLAGS.dtype))
-    return LanguageModel(model, name="random", attention_backend=FLAGS.attention_backend)
+    devices = None if FLAGS.mesh is None else make(FLAGS.mesh)
+    if devices is not None:
+        model = Decoder.from_weights(config, model.weights(), model.dtype, devices)
+    return LanguageModel(
+        model, name="random", attention_backend=FLAGS.attention_backend, mesh=devices
+    )
 
 
 def some_tokens(lm: LanguageModel, count: int) -> list[int]:
@@ -148,11 +154,12 @@ def recompute() -> dict:
                 "ratio": recomputed / streaming,
             }
         )
-        print(
-            "cache {cache}: streaming {streaming_ms:.1f} ms a token, re-computation "
-            "{recompute_ms:.1f} ms, ratio {ratio:.1f}".format(**rows[-1]),
-            file=sys.stderr,
-        )
+        if is_main():
+            print(
+                "cache {cache}: streaming {streaming_ms:.1f} ms a token, re-computation "
+                "{recompute_ms:.1f} ms, ratio {ratio:.1f}".format(**rows[-1]),
+                file=sys.stderr,
+            )
     return {"rows": rows}
 
 
@@ -168,7 +175,8 @@ def forever() -> dict:
     seconds: list[float] = []
     memory: list[tuple[int, int]] = []
     last, count = None, 0
-    with tqdm(total=FLAGS.tokens, unit="token", file=sys.stderr) as bar:
+    quiet = not is_main()
+    with tqdm(total=FLAGS.tokens, unit="token", file=sys.stderr, disable=quiet) as bar:
         for outputs in stream.run(FLAGS.tokens):
             n = len(outputs[0].tokens)
             now = time.perf_counter()
@@ -219,9 +227,10 @@ def main(arguments: list[str]) -> None:
         "cpus": os.cpu_count(),
         "python": platform.python_version(),
     }
-    for name, value in result.items():
-        if isinstance(value, float):
-            print(f"{name:>28}  {value:.4g}", file=sys.stderr)
+    if is_main():
+        for name, value in result.items():
+            if isinstance(value, float):
+                print(f"{name:>28}  {value:.4g}", file=sys.stderr)
     print(json.dumps(result))
 
 

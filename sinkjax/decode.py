@@ -1,6 +1,10 @@
-"""Streams text from a model: `python -m sinkjax.decode --prompt "Once upon a time"`."""
+"""Streams text from a model: `python -m sinkjax.decode --prompt "Once upon a time"`.
+
+On several hosts the same command runs on each, with the same prompts; one of them writes.
+"""
 
 import json
+import os
 import pathlib
 import signal
 import sys
@@ -11,6 +15,7 @@ from typing import Any
 
 from absl import app, flags
 
+from sinkjax import mesh
 from sinkjax.caches import SinkRing
 from sinkjax.cli import define_model_flags, load_model, run
 from sinkjax.streaming import Sampling, Stream
@@ -18,6 +23,7 @@ from sinkjax.streaming.snapshot import Recorder, Settings, resume, saved_setting
 from sinkjax.streaming.stream import Output
 
 FLAGS = flags.FLAGS
+_CALLS_TO_ASK = 16  # calls of the step between which several processes ask for signals
 
 
 def define_flags() -> None:
@@ -148,7 +154,14 @@ def read_text(path: str) -> str:
 
 
 def prompts() -> list[str]:
-    """The prompts that the flags name."""
+    """The prompts that the flags name, the same on all hosts."""
+    with mesh.together("reading the prompts"):
+        texts = _prompts()
+    mesh.agree("their prompts", "\n".join(map(repr, texts)))
+    return texts
+
+
+def _prompts() -> list[str]:
     named = [n for n in ("prompt", "prompt_file", "prompts_file") if FLAGS[n].value is not None]
     if len(named) > 1:
         raise app.UsageError(f"give one of {', '.join('--' + n for n in named)}, not several")
@@ -237,7 +250,8 @@ def _resumed() -> tuple[Stream, Recorder]:
         )
     lm = load_model()
     stream = resume(FLAGS.resume, lm, steps_per_call=FLAGS.steps_per_call)
-    print(f"resumed after {stream.rows[0].tokens} tokens", file=sys.stderr)
+    if mesh.is_main():
+        print(f"resumed after {stream.rows[0].tokens} tokens", file=sys.stderr)
     recorder = Recorder(
         FLAGS.resume, stream, every=FLAGS.save_every, extra=saved.extra, resumed=True
     )
@@ -252,12 +266,21 @@ def write(
     if FLAGS.max_tokens and done >= FLAGS.max_tokens:
         return
     left = FLAGS.max_tokens - done if FLAGS.max_tokens else 0
-    for outputs in stream.run(left):
+    closed = False
+    for call, outputs in enumerate(stream.run(left), 1):
         timer.count(outputs)
         if recorder:  # first, so that what cannot be printed (a closed pipe) is kept
             recorder.record(outputs)
-        printer.outputs(outputs)
-        if caught:
+        try:
+            printer.outputs(outputs)
+        except BrokenPipeError:
+            if not mesh.several():
+                raise
+            closed = True  # the others hear of it below
+            sys.stdout = open(os.devnull, "w")
+        if mesh.several() and call % _CALLS_TO_ASK:  # to ask takes as long as a small step
+            continue
+        if mesh.anywhere(closed or bool(caught)):
             return
 
 
@@ -312,6 +335,8 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"--max_tokens must be ≥ 0 (0: no end), got {FLAGS.max_tokens}")
     if FLAGS.chat and (FLAGS.save or FLAGS.stop):
         raise app.UsageError("--chat keeps no --save folder and takes no --stop")
+    if FLAGS.chat and mesh.several():
+        raise app.UsageError("--chat talks to one process: run it on one host")
     timer = Timer()
     caught: list[int] = []
     if FLAGS.chat:
@@ -335,7 +360,7 @@ def main(argv: list[str]) -> None:
         stats = {**timer.stats(), **stream.stats()}
         if FLAGS.json:
             printer.event("stats", **stats)
-        else:
+        elif mesh.is_main():
             print(", ".join(f"{k} {v}" for k, v in stats.items()), file=sys.stderr)
     # Ctrl-C is how a stream without end ends; SIGTERM is for whoever sent it to see.
     if signal.SIGTERM in caught:

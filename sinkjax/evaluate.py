@@ -18,6 +18,7 @@ from absl import app, flags
 from sinkjax import analysis, cli
 from sinkjax.analysis import perplexity, streameval
 from sinkjax.caches import SinkRing
+from sinkjax.mesh import agree, is_main, together
 
 FLAGS = flags.FLAGS
 ONLY = {  # flags that one subcommand alone reads
@@ -98,14 +99,19 @@ def _marks(recall: analysis.Recall) -> tuple[int, str, str]:
 
 @contextlib.contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """A path to write to; what was written there takes its name when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    """A path to write to; what was written there takes its name when it is whole. Of several
+    processes, one keeps what it wrote."""
+    with together(f"writing {path}"):
+        if not is_main():
+            yield Path(os.devnull)
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            yield part
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def write_table(path: Path, rows: Iterable[Sequence[Any]]) -> None:
@@ -126,7 +132,9 @@ def run_perplexity() -> list[Sequence[Any]]:
     perplexity.check_modes(modes, perplexity.MODES)
     if FLAGS.tokens < 1:
         raise ValueError(f"--tokens must be ≥ 1, got {FLAGS.tokens}")
-    text = perplexity.load_text(FLAGS.text)
+    with together(f"reading {FLAGS.text}"):
+        text = perplexity.load_text(FLAGS.text)
+    agree("the text", text)
     lm = cli.load_model()
     ids = perplexity.text_ids(text, lm.tokenizer, FLAGS.tokens + 1)
     print(f"{lm.name}: the first {FLAGS.tokens:,} tokens of {FLAGS.text}")
@@ -138,7 +146,7 @@ def run_perplexity() -> list[Sequence[Any]]:
         modes=modes,
         recompute_samples=FLAGS.recompute_samples,
         chunk=FLAGS.chunk,
-        progress=True,
+        progress=is_main(),
     )
     context = lm.config.trained_context
     return save_perplexity(curves, Path(FLAGS.out), bucket=FLAGS.bucket, trained_context=context)
@@ -164,7 +172,7 @@ def run_streameval() -> list[Sequence[Any]]:
         window=FLAGS.window,
         modes=modes,
         chunk=FLAGS.chunk,
-        progress=True,
+        progress=is_main(),
     )
     capacity = SinkRing(FLAGS.sinks, FLAGS.window).capacity
     return save_recall(results, Path(FLAGS.out), bucket=FLAGS.bucket, capacity=capacity)

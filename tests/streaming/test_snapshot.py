@@ -3,12 +3,10 @@
 import errno
 import json
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from sinkjax import FullCache, LanguageModel, Sampling, SinkRing, Stream
+from sinkjax import FullCache, HeadSplit, LanguageModel, PerLayer, Sampling, SinkRing, Stream
 from sinkjax.streaming import snapshot
 from sinkjax.streaming.snapshot import Recorder, resume, saved_settings
 from tests.conftest import byte_tokenizer, python, tiny_decoder
@@ -64,7 +62,9 @@ def saved(byte_lm, tmp_path, record):
     return tmp_path / "saved", said(stream, 20)
 
 
-@pytest.mark.parametrize("cache", [RING, FullCache(200)], ids=str)
+@pytest.mark.parametrize(
+    "cache", [RING, FullCache(200), PerLayer([RING, SinkRing(0, 7, kv_dtype="int8")])], ids=str
+)
 def test_two_rows_go_on_as_if_nothing_had_happened(byte_lm, tmp_path, cache, record):
     """Random draws, a penalty with a memory, prompts of two lengths; saved at every token, so also
     within characters (most bytes of this model begin one, or are none)."""
@@ -141,10 +141,17 @@ def said_by(lm, prompt: str, seed: int) -> list[int]:
     return said(stream, 40)[0][1]
 
 
-def test_settings_come_back(byte_lm, tmp_path, record):
-    settings = dict(
-        stop=["a", "b"], seeds=[7, 9], ignore_eos=True, cache=SinkRing(1, 5, "absolute")
-    )
+@pytest.mark.parametrize(
+    "cache",
+    [
+        SinkRing(1, 5, "absolute"),
+        PerLayer([SinkRing(1, 5), FullCache(9)]),
+        HeadSplit(FullCache(9), SinkRing(1, 5, "absolute"), [[True, False], [False, True]]),
+    ],
+    ids=["ring", "layers", "heads"],
+)
+def test_settings_come_back(byte_lm, tmp_path, record, cache):
+    settings = dict(stop=["a", "b"], seeds=[7, 9], ignore_eos=True, cache=cache)
     stream = new(byte_lm, **settings)
     stream.feed(["Hi", "Ho"])
     record(tmp_path, stream, every=5, extra=dict(model="some")).save()
@@ -227,8 +234,8 @@ def test_there_is_no_stream(byte_lm, tmp_path):
         lambda text: text[: len(text) // 2],
         lambda text: "",
         lambda text: "[]",
-        lambda text: text.replace('"format": 2', '"format": 99'),
-        lambda text: json.dumps({"format": 2}),
+        lambda text: text.replace('"format": 3', '"format": 99'),
+        lambda text: json.dumps({"format": 3}),
         lambda text: text.replace('"SinkRing"', '"Unknown"'),
         lambda text: text.replace('"temperature"', '"warmth"'),
     ],
@@ -251,6 +258,15 @@ def test_corrupt_arrays_are_refused(byte_lm, saved):
     (state / "manifest.ocdbt").write_bytes(b"xx")
     with pytest.raises(ValueError, match=f"{state} is a corrupt or truncated"):
         resume(folder, byte_lm)
+
+
+def test_a_policy_that_could_not_be_read_again_is_refused(byte_lm, tmp_path, record):
+    class Own(SinkRing):
+        """Of a user."""
+
+    with pytest.raises(ValueError, match="Own.* cannot be saved: expected one of SinkRing, Full"):
+        record(tmp_path / "new", new(byte_lm, cache=Own(2, 14)), every=5)
+    assert not (tmp_path / "new").exists()
 
 
 def test_every_must_be_positive(byte_lm, tmp_path, record):
@@ -329,45 +345,3 @@ def test_a_folder_that_cannot_be_written(byte_lm, tmp_path, record):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         record(tmp_path / "file" / "folder", new(byte_lm), every=5)
-
-
-# On other devices
-
-MANY = """
-import sys
-import jax
-jax.config.update("jax_num_cpu_devices", 8)
-from jax.sharding import NamedSharding, PartitionSpec
-from sinkjax import LanguageModel, SinkRing, Sampling, Stream
-from sinkjax.streaming.snapshot import Recorder, resume
-from tests.conftest import byte_tokenizer, tiny_decoder
-mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-sharded, replicated = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (["data"], []))
-lm = LanguageModel(tiny_decoder(258), byte_tokenizer())
-first, second, what = sys.argv[1:]
-if what == "save":
-    stream = Stream(lm, cache=SinkRing(2, 14), sampling=Sampling(), seeds=range(8), ignore_eos=True)
-    stream.feed(["Hi", "Ho", "Hu", "He", "Ha", "Hy", "Hä", "Hö"])
-    for folder, sharding in ((first, sharded), (second, replicated)):
-        stream.state = jax.tree.map(lambda x: jax.device_put(x, sharding), stream.state)
-        recorder = Recorder(folder, stream, every=5)
-        recorder.close()
-else:
-    stream = resume(first, lm, sharding=replicated)
-    assert len(stream.state.seeds.devices()) == 8
-    stream = resume(second, lm, sharding=sharded)
-    assert len({shard.index for shard in stream.state.seeds.addressable_shards}) == 8
-print([[list(out.tokens) for out in outputs] for outputs in stream.run(6)])
-"""
-
-
-def test_eight_devices_save_and_one_resumes_and_the_other_way_round(byte_lm, tmp_path):
-    """The batch lies over all devices, or on each, and comes back the other way or on one."""
-    folders = tmp_path / "sharded", tmp_path / "replicated"
-    expected = json.loads(run(MANY, *folders, "save"))
-    assert np.shape(expected) == (6, 8, 1)
-    for folder in folders:
-        resumed = resume(folder, byte_lm)
-        assert all(len(x.devices()) == 1 for x in jax.tree.leaves(resumed.state))
-        assert [[list(out.tokens) for out in outputs] for outputs in resumed.run(6)] == expected
-    assert json.loads(run(MANY, *folders, "resume")) == expected
