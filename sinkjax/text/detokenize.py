@@ -31,11 +31,14 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """Returns the text that is certain now that `token_id` is known: "" while a character is
-        incomplete, and for special tokens.
+        incomplete, for special tokens, and for ids beyond the vocabulary: the tables of many models
+        are wider than that of their tokenizer.
 
         Raises:
-            ValueError: the id is not in the vocabulary.
+            ValueError: the id is below 0, or one that the vocabulary leaves out.
         """
+        if token_id >= self._tokenizer.vocab_size:
+            return ""
         return self._text(self._tokenizer.token_bytes(token_id, skip_special=True))
 
     def flush(self) -> str:

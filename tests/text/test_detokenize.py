@@ -111,9 +111,10 @@ def test_a_state_of_another_kind_of_tokenizer(byte_level, sentencepiece):
         Detokenizer.from_state(byte_level, state)
 
 
-def test_push_names_an_id_that_is_out_of_range(tokenizer):
-    with pytest.raises(ValueError, match="id 1000000 is not in the vocabulary"):
-        Detokenizer(tokenizer).push(1_000_000)
+def test_ids_out_of_range(tokenizer):
+    assert Detokenizer(tokenizer).push(1_000_000) == ""  # of a table wider than the vocabulary
+    with pytest.raises(ValueError, match="id -1 is not in the vocabulary"):
+        Detokenizer(tokenizer).push(-1)
 
 
 # StopStrings
