@@ -1,13 +1,15 @@
 """The decoder. The shortest path from tokens to logits is this file."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from sinkjax.caches import LayerCaches, PerLayer, Policy, SinkRing, by_layer
 from sinkjax.caches.heads import SplitHeads
@@ -22,7 +24,7 @@ from sinkjax.models.layers import (
     embedded,
     random_param,
 )
-from sinkjax.models.parameters import Parameter, check_shards
+from sinkjax.models.parameters import Parameter, check_shards, grouped
 
 
 class Block(nnx.Module):
@@ -66,10 +68,12 @@ class Decoder(nnx.Module):
     Attributes:
         attention_backend: of the ops of `pallas_kernels`; None: the best that serves.
         rows_axis: the mesh axis over which the rows of a batch are spread; None: none.
+        head_order: the order of the KV heads of each layer; None: as in the checkpoint.
     """
 
     attention_backend: str | None = None
     rows_axis: str | None = None
+    head_order: tuple[tuple[int, ...], ...] | None = None
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs | None, dtype=jnp.float32, shards=1):
         self.config, self.shards = config, shards
@@ -146,15 +150,14 @@ class Decoder(nnx.Module):
 
         Raises:
             ValueError: the policy lets a token attend further back than the model's own window,
-                is for a model of other sizes, or has heads of two kinds for several devices.
+                is for a model of other sizes, or has heads of two kinds that do not lie alike on
+                all devices.
         """
         c = self.config
         policies = list(by_layer(policy, c.layers, c.kv_heads))
-        if self.shards > 1 and any(isinstance(own, SplitHeads) for own in policies):
-            raise ValueError(
-                "heads of two kinds are not spread over devices yet: take a mesh of data alone"
-            )
         for layer, own in enumerate(policies):
+            if isinstance(own, SplitHeads):
+                policies[layer] = own = self._split(own, layer)
             window = c.window(layer)
             if window is None or own.reach <= window:
                 continue
@@ -174,13 +177,55 @@ class Decoder(nnx.Module):
             dtype=self.dtype,
         )
 
+    def _split(self, policy: SplitHeads, layer: int) -> SplitHeads:
+        """A policy for the heads of each device, in the order in which they lie."""
+        heads = policy.heads
+        if self.head_order is not None:
+            heads = tuple(heads[head] for head in self.head_order[layer])
+        local = heads[: max(1, len(heads) // self.shards)]
+        if local * self.shards != heads:
+            raise ValueError(
+                f"the retrieval heads of layer {layer} do not lie alike on {self.shards} devices: "
+                "load the model with heads=pattern"
+            )
+        return dataclasses.replace(policy, heads=local)
+
+    def grouped(self, pattern: Bool[np.ndarray, "layers kv_heads"]) -> "Decoder":
+        """The same model with the weights of each layer rearranged, in their place, so that the
+        heads of each kind of a `HeadSplit` lie side by side (DuoAttention, section 2.3): then
+        nothing is rearranged in a step. This one can't be used after that.
+
+        Raises:
+            ValueError: the pattern is for another model, or does not divide over the devices.
+        """
+        c = self.config
+        if np.shape(pattern) != (c.layers, c.kv_heads):
+            raise ValueError(
+                f"the pattern is for {' layers of '.join(map(str, np.shape(pattern)))} KV heads, "
+                f"this model has {c.layers} of {c.kv_heads}: use a pattern that was made for it"
+            )
+        order = [grouped(heads, self.shards) for heads in np.asarray(pattern)]
+        graph, state = nnx.split(self)
+        layout = dict(self.parameters())
+        leaves = {}
+        for path, leaf in nnx.to_flat_state(state):
+            if "heads" in leaf.axes:
+                layer = int(str(path[1]))
+                leaf = leaf.replace(layout[path].reordered(leaf[...], order[layer], c))
+            leaves[path] = leaf
+        model = nnx.merge(graph, nnx.from_flat_state(leaves))
+        model.head_order = tuple(tuple(map(int, heads)) for heads in order)
+        for block, heads in zip(model.blocks, model.head_order, strict=True):
+            block.attention.head_order = heads
+        return model
+
     def parameters(self) -> list[tuple[tuple, Parameter]]:
         """The path and the layout of each parameter."""
         state = nnx.to_flat_state(nnx.state(self))
         return [(path, Parameter.of(self.config, self.shards, path, leaf)) for path, leaf in state]
 
     def weights(self) -> dict[str, Array]:
-        """The weights by name, as `from_weights` takes them."""
+        """The weights by name, as `from_weights` takes them, heads in `head_order`."""
         leaves = (leaf[...] for _, leaf in nnx.to_flat_state(nnx.state(self)))
         named: dict[str, Array] = {}
         for (_, parameter), leaf in zip(self.parameters(), leaves, strict=True):

@@ -103,6 +103,8 @@ def embedded(table: Float[Array, "V E"], tokens: Int[Array, "B T"]) -> Float[Arr
 
 
 class Attention(nnx.Module):
+    head_order: tuple[int, ...] | None = None  # of KV heads; None: as in the checkpoint
+
     def __init__(
         self, config: Config, layer: int, *, rngs: nnx.Rngs | None, dtype=jnp.float32, shards=1
     ):
@@ -140,7 +142,10 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         slopes = None
         if c.alibi is not None:
-            slopes = jnp.asarray(c.alibi.slopes(c.heads))
+            by_head = c.alibi.slopes(c.heads)
+            if self.head_order is not None:
+                by_head = by_head.reshape(c.kv_heads, -1)[list(self.head_order)].reshape(-1)
+            slopes = jnp.asarray(by_head)
             if call.axis is not None:
                 start = jax.lax.axis_index(call.axis) * heads
                 slopes = jax.lax.dynamic_slice_in_dim(slopes, start, heads)

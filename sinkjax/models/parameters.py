@@ -8,7 +8,7 @@ repeated, so that each device has the one that its queries need.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +28,8 @@ _FUSED = {
     "gate_up_bias": ("gate_bias", "up_bias"),
 }
 
+_BY_HEAD = ("q", "k", "v", "q_bias", "k_bias", "v_bias", "out", "sink_logits")
+
 
 def check_shards(config: Config, shards: int) -> None:
     """Raises ValueError where a model can't be spread over so many devices."""
@@ -43,6 +45,29 @@ def check_shards(config: Config, shards: int) -> None:
             f"{', '.join(wrong)}. Take a number of devices that divides them (of KV heads there "
             "may be fewer, if they divide it)"
         )
+
+
+def grouped(heads: Sequence[bool], shards: int) -> np.ndarray:
+    """The order of KV heads in which those of a kind lie side by side, equally many on each
+    device; within a kind, as they were.
+
+    Raises:
+        ValueError: there are not equally many for each device.
+    """
+    kinds = np.flatnonzero(heads), np.flatnonzero(~np.asarray(heads))
+    if any(len(kind) % shards for kind in kinds):
+        raise ValueError(
+            f"{len(kinds[0])} retrieval and {len(kinds[1])} streaming heads of a layer do not "
+            f"divide over {shards} devices: choose a pattern with a multiple of {shards} of both "
+            "in each layer, or a mesh of data alone"
+        )
+    return np.concatenate(
+        [
+            part
+            for device in zip(*(np.split(k, shards) for k in kinds), strict=True)
+            for part in device
+        ]
+    )
 
 
 def row_major(sharding: Sharding, axes: int) -> Format:
@@ -124,6 +149,30 @@ class Parameter:
             name: part[..., :: self.shards // pieces, :].reshape(*front, -1)
             for name, part, pieces in zip(self.names, parts, self.pieces, strict=True)
         }
+
+    def fused(self, parts: Mapping[str, Array]) -> Array:
+        """All of the parameter, from its parts. KV heads are not repeated."""
+        if len(self.names) == 1:
+            return parts[self.names[0]]
+        front = self.shape[:-1]
+        by_shard = [parts[name].reshape(*front, self.shards, -1) for name in self.names]
+        return jnp.concatenate(by_shard, axis=-1).reshape(self.shape)
+
+    def reordered(self, leaf: Any, order: np.ndarray, config: Config) -> Array:
+        """The parameter with its KV heads, and their queries, in this order; in its place."""
+
+        def moved(name: str, x: Array) -> Array:
+            if name.rpartition(".")[2] not in _BY_HEAD:
+                return x
+            axis = self.axes.index("heads")
+            heads = x.reshape(*x.shape[:axis], config.kv_heads, -1, *x.shape[axis + 1 :])
+            return jnp.take(heads, order, axis=axis).reshape(x.shape)
+
+        def f(leaf):
+            parts = self.parts_of(leaf)
+            return self.fused({name: moved(name, x) for name, x in parts.items()})
+
+        return jax.jit(f, out_shardings=leaf.format, donate_argnums=0)(leaf)
 
     def placed(self, weights: Mapping[str, Any], mesh: Mesh | None) -> tuple[Array, list[str]]:
         """The parameter on its devices, and what is wrong with it. Parts are asked for one by

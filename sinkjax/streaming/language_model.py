@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from sinkjax.caches import LayerCaches, Policy, SinkRing
 from sinkjax.mesh import DATA, MODEL, fetch, spec_of
@@ -72,6 +72,7 @@ class LanguageModel:
         dtype: str = "float32",
         attention_backend: str | None = None,
         mesh: Mesh | None = None,
+        heads: Bool[np.ndarray, "layers kv_heads"] | None = None,
     ) -> "LanguageModel":
         """Loads a model.
 
@@ -81,6 +82,8 @@ class LanguageModel:
             dtype: of weights, activations and cache: `float32` or `bfloat16`.
             attention_backend: see the class.
             mesh: the devices to spread the model and its streams over (`sinkjax.mesh.make`).
+            heads: the pattern of the `HeadSplit` that will be used: weights are then rearranged so
+                that a step need rearrange nothing, and each device has as many heads of each kind.
 
         Raises:
             ValueError: the source is unknown, damaged, or of an architecture that is not supported,
@@ -91,7 +94,7 @@ class LanguageModel:
 
         loaded = open_checkpoint(os.fspath(source), dtype=dtype, mesh=mesh)
         return cls(
-            loaded.model,
+            loaded.model if heads is None else loaded.model.grouped(heads),
             loaded.tokenizer,
             loaded.name,
             attention_backend=attention_backend,
@@ -238,6 +241,7 @@ class LanguageModel:
             if (value := getattr(self.config, field.name)) != field.default
         }
         digest = hashlib.sha256(repr(sorted(said.items())).encode())
+        digest.update(repr(self.model.head_order).encode() if self.model.head_order else b"")
         named: dict[str, Array] = {}
         for (_, parameter), rows in zip(self.model.parameters(), self._first_rows(), strict=True):
             named |= parameter.parts_of(jnp.asarray(rows))

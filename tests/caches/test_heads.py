@@ -1,5 +1,6 @@
 """HeadSplit against the caches that it is made of, and against the definition in float64."""
 
+import dataclasses
 import functools
 import json
 
@@ -19,7 +20,8 @@ from sinkjax.caches import (
     retrieval_heads,
     write_gates,
 )
-from sinkjax.models import Rotary
+from sinkjax.models import Decoder, Rotary
+from sinkjax.models.positions import Alibi
 from tests import oracle
 from tests.conftest import tiny_decoder
 
@@ -118,6 +120,33 @@ def test_the_order_of_heads_in_a_pattern_costs_no_gather():
         ).count("concatenate")
         + 1
     )  # of the two outputs
+
+
+@pytest.mark.parametrize("switches", [dict(sink_logits=True, qkv_bias=True), dict(alibi=Alibi())])
+def test_weights_in_the_order_of_a_pattern_compute_the_same(switches):
+    positions = "cache" if "alibi" in switches else "absolute"
+    pattern = np.array([[True, False, False, True], [False, True, False, True]])
+    policy = HeadSplit(FULL, SinkRing(2, 9, positions), pattern)
+    base = tiny_decoder(97).config
+    config = dataclasses.replace(base, heads=8, kv_heads=4, **switches)
+    rng = np.random.default_rng(0)
+    weights = {n: rng.normal(size=x.shape, scale=0.3) for n, x in Decoder.shapes(config).items()}
+    plain, other = (Decoder.from_weights(config, weights) for _ in range(2))
+    grouped = other.grouped(pattern)
+    assert grouped.head_order == ((0, 3, 1, 2), (1, 3, 0, 2))
+    caches = grouped.init_caches(policy)
+    assert all(cache.policy.heads == (True, True, False, False) for cache in caches)
+
+    @jax.jit
+    def run(model, tokens, caches):
+        hidden, caches = model(tokens, caches)
+        return model(tokens[:, :1], caches)[0], hidden
+
+    tokens = jnp.arange(40)[None]
+    found = run(grouped, tokens, caches)
+    wanted = run(plain, tokens, plain.init_caches(policy))
+    for x, y in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)  # sums over heads in another order
 
 
 def test_memory():

@@ -104,7 +104,11 @@ def test_gguf_special_tokens(byte_level, byte_level_metadata):
         ("tokenizer.ggml.merges", None, "no 'tokenizer.ggml.merges'"),
         ("tokenizer.ggml.merges", ["h e l"], "'h e l'; expected 'left right'"),
         ("tokenizer.ggml.merges", ["he"], "'he'; expected 'left right'"),
-        ("tokenizer.ggml.pre", "viking", "'viking'; supported are bloom, default, falcon, gpt-2, .*smollm"),
+        (
+            "tokenizer.ggml.pre",
+            "viking",
+            "'viking'; supported are bloom, default, falcon, gpt-2, .*smollm",
+        ),
         ("tokenizer.ggml.token_type", [1], "1 entries for 266 tokens"),
         ("tokenizer.ggml.bos_token_id", 266, "266 is not in the vocabulary of size 266"),
         ("tokenizer.ggml.add_bos_token", True, None),
