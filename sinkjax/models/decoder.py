@@ -1,6 +1,7 @@
 """The decoder. The shortest path from tokens to logits is this file."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -69,11 +70,13 @@ class Decoder(nnx.Module):
         attention_backend: of the ops of `pallas_kernels`; None: the best that serves.
         rows_axis: the mesh axis over which the rows of a batch are spread; None: none.
         head_order: the order of the KV heads of each layer; None: as in the checkpoint.
+        remat: a gradient keeps the inputs of each layer alone, and computes the rest anew.
     """
 
     attention_backend: str | None = None
     rows_axis: str | None = None
     head_order: tuple[tuple[int, ...], ...] | None = None
+    remat: bool = False
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs | None, dtype=jnp.float32, shards=1):
         self.config, self.shards = config, shards
@@ -114,7 +117,8 @@ class Decoder(nnx.Module):
         x = self._embedded(tokens, call)
         new = []
         for block, cache in zip(self.blocks, caches, strict=True):
-            x, cache = block(x, cache, call)
+            layer = functools.partial(block, call=call)
+            x, cache = (jax.checkpoint(layer) if self.remat else layer)(x, cache)
             new.append(cache)
         return self.norm(x), LayerCaches.of(new)
 

@@ -141,27 +141,45 @@ class LanguageModel:
         # XLA names a program after its function.
         @functools.wraps(f)
         def g(leaves, state, *args, **kwargs):
-            if self.mesh is None:
-                return f(self._merged(leaves), state, *args, **kwargs)
             position = (state.caches if isinstance(state, StreamState) else state).position
             rows = self._rows_axis(position.shape[0])
 
-            def local(leaves, state, *args):
-                model = self._merged(leaves)
+            def of_rows(model, *args):
                 model.rows_axis = rows
-                return f(model, state, *args, **kwargs)
+                return f(model, *args, **kwargs)
 
             held = specs_of(state, rows)
             given = [P(rows) if np.ndim(x) else P() for x in args]
-            return jax.shard_map(
-                local,
-                mesh=self.mesh,
-                in_specs=(self._specs, held, *given),
-                out_specs=specs(held, rows),
-                check_vma=False,
-            )(leaves, state, *args)
+            spread = self._spread(of_rows, (held, *given), specs(held, rows))
+            return spread(leaves, state, *args)
 
         return Compiled(jax.jit(g, donate_argnums=1, static_argnames=static), self._leaves)
+
+    def mapped(self, f: Callable, in_specs: tuple[P, ...], out_specs: Any) -> "Compiled":
+        """Compiles a function of the model and of arrays that are no state.
+
+        Args:
+            f: takes the `Decoder` and the arrays; on a mesh, every device its part of each.
+            in_specs, out_specs: how arrays and results lie on a mesh.
+        """
+        return Compiled(jax.jit(self._spread(f, in_specs, out_specs)), self._leaves)
+
+    def _spread(self, f: Callable, in_specs: tuple[Any, ...], out_specs: Any) -> Callable:
+        """A function of the model as one of its leaves, which every device runs on its part."""
+
+        @functools.wraps(f)
+        def local(leaves, *args):
+            return f(self._merged(leaves), *args)
+
+        if self.mesh is None:
+            return local
+        return jax.shard_map(
+            local,
+            mesh=self.mesh,
+            in_specs=(self._specs, *in_specs),
+            out_specs=out_specs,
+            check_vma=False,
+        )
 
     def _rows_axis(self, rows: int) -> str | None:
         """The mesh axis over which rows are spread; None: every device has them all."""
