@@ -1,22 +1,25 @@
 """How fast, and does it stay so: `python -m sinkjax.bench speed|recompute|forever`.
 
-speed:      tokens per second of decode (with a full ring) and of prefill.
+speed:      tokens per second of decode (with a cache that is full) and of prefill; with --at, of
+            decode alone, far into a stream, without reading up to there.
 recompute:  a token by streaming against a token by encoding its window from scratch, which is
             what a window without sinks needs to stay sane (StreamingLLM, figure 10).
 forever:    one long stream: latency and resident memory from its beginning to its end.
 
 `--model random` is a very small model.
 
-Each prints a table to standard error and one JSON object to standard output.
+Each prints a table to standard error and one JSON object (speed: one for each cache) to standard
+output.
 """
 
+import dataclasses
 import json
 import os
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -26,8 +29,8 @@ from absl import app, flags
 from flax import nnx
 from tqdm import tqdm
 
-from sinkjax.caches import FullCache, SinkRing
-from sinkjax.cli import define_model_flags, load_model, run
+from sinkjax.caches import FullCache, LayerPolicy, Policy, SinkRing
+from sinkjax.cli import cache_policies, define_cache_flag, define_model_flags, load_model, run
 from sinkjax.mesh import is_main, make
 from sinkjax.models import Config, Decoder
 from sinkjax.streaming import LanguageModel, Sampling, Stream
@@ -37,10 +40,21 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
     define_model_flags()
-    flags.DEFINE_integer("sinks", 4, "First tokens that are kept for ever.")
-    flags.DEFINE_list("caches", ["1024"], "Cache sizes (sinks + window) to measure.")
+    define_cache_flag(
+        None,
+        "Of speed alone; by default, ring:4+1020. A full cache without a size has room for what is "
+        "read and written.",
+    )
+    flags.DEFINE_integer("sinks", 4, "recompute, forever: first tokens that are kept for ever.")
+    flags.DEFINE_list("caches", ["1024"], "recompute, forever: cache sizes (sinks + window).")
     flags.DEFINE_integer("tokens", 128, "Tokens to decode.")
     flags.DEFINE_integer("prefill", 1024, "speed: tokens of the prompt.")
+    flags.DEFINE_integer(
+        "at",
+        None,
+        "speed: decode the last --tokens before a stream has so many, as if it had read the others "
+        "(times depend on sizes alone); no prefill.",
+    )
     flags.DEFINE_integer("chunk", 512, "Tokens that one prefill call takes.")
     flags.DEFINE_integer("steps_per_call", 1, "Tokens per call of the compiled step.")
 
@@ -74,9 +88,8 @@ def some_tokens(lm: LanguageModel, count: int) -> list[int]:
     return np.random.default_rng(0).integers(0, lm.config.vocab_size, count).tolist()
 
 
-def full_stream(lm: LanguageModel, cache: SinkRing, steps_per_call: int) -> Stream:
-    """A stream whose ring has no free slot."""
-    stream = Stream(
+def new_stream(lm: LanguageModel, cache: Policy, steps_per_call: int) -> Stream:
+    return Stream(
         lm,
         cache=cache,
         sampling=Sampling(),
@@ -84,8 +97,51 @@ def full_stream(lm: LanguageModel, cache: SinkRing, steps_per_call: int) -> Stre
         steps_per_call=steps_per_call,
         chunk=FLAGS.chunk,
     )
-    stream.feed([some_tokens(lm, cache.capacity + 8)])
+
+
+def full_stream(lm: LanguageModel, cache: Policy, steps_per_call: int) -> Stream:
+    """A stream whose rings have no free slot; a full cache has some for the tokens to decode."""
+    fed = cache.capacity + 8
+    if cache.limit is not None:
+        fed = cache.limit - FLAGS.tokens - 2 * steps_per_call
+        if fed < 1:
+            raise ValueError(
+                f"a cache of {cache.limit} tokens has no room for the {FLAGS.tokens} to decode: "
+                "give --cache more, or less --tokens"
+            )
+    stream = new_stream(lm, cache, steps_per_call)
+    stream.feed([some_tokens(lm, fed)])
     return stream
+
+
+def as_if_read(stream: Stream, tokens: int) -> None:
+    """Sets the clocks of a fresh stream as if each row had read so many tokens. Their keys and
+    values stay zeros."""
+    caches = stream.state.caches
+    parts = [
+        part
+        for cache in caches.layers
+        for part in [getattr(cache, name) for name in getattr(cache, "parts", ())] or [cache]
+    ]
+    policies = dict.fromkeys(part.policy for part in parts)  # in the order of their clocks
+    clocks = tuple(
+        dataclasses.replace(
+            clock,
+            ticks=clock.ticks + ticks_after(policy, tokens),
+            position=clock.position + np.uint32(tokens % 2**32),
+        )
+        for policy, clock in zip(policies, caches.clocks, strict=True)
+    )
+    caches = dataclasses.replace(caches, clocks=clocks)
+    stream.state = dataclasses.replace(stream.state, caches=caches)
+    for row in stream.rows:
+        row.fed = tokens
+
+
+def ticks_after(policy: LayerPolicy, tokens: int) -> int:
+    if isinstance(policy, SinkRing) and tokens >= policy.capacity:  # folded, see `RingCache`
+        return policy.capacity + (tokens - policy.sinks) % policy.window
+    return tokens
 
 
 def decode_seconds(stream: Stream, tokens: int) -> list[float]:
@@ -109,11 +165,43 @@ def times(f: Callable[[], Any], repeats: int) -> list[float]:
     return out
 
 
-def speed() -> dict:
+def speed() -> Iterator[dict]:
+    at, drawn = FLAGS.at, FLAGS.tokens + 2 * FLAGS.steps_per_call
+    if at is not None and at <= drawn:
+        raise ValueError(
+            f"--at must be more than the {drawn} tokens to decode, got {at}: give it more, or less "
+            "--tokens"
+        )
+    specs = FLAGS.cache or ["ring:4+1020"]
+    policies = cache_policies(specs, tokens=at or FLAGS.prefill + FLAGS.tokens)
+    for policy in policies.values():
+        policy.check(at or FLAGS.prefill)
     lm = load()
-    size = int(FLAGS.caches[0])
-    stream = full_stream(lm, SinkRing(FLAGS.sinks, size - FLAGS.sinks), FLAGS.steps_per_call)
+    for spec, policy in policies.items():
+        if at is None:
+            found = speed_from_start(lm, policy)
+        else:
+            found = {"at": at, **speed_as_if_read(lm, policy, at - drawn)}
+        same = dict(cache_bytes=lm.cache_bytes(policy), steps_per_call=FLAGS.steps_per_call)
+        yield {"cache": spec, **same, **found}
+
+
+def speed_as_if_read(lm: LanguageModel, policy: Policy, tokens: int) -> dict:
+    """Of decode after so many tokens."""
+    stream = new_stream(lm, policy, FLAGS.steps_per_call)
+    as_if_read(stream, tokens)
+    return decode_figures(stream)
+
+
+def decode_figures(stream: Stream) -> dict:
     seconds = statistics.median(decode_seconds(stream, FLAGS.tokens))
+    return {"decode_ms_per_token": 1e3 * seconds, "decode_tokens_per_s": 1 / seconds}
+
+
+def speed_from_start(lm: LanguageModel, policy: Policy) -> dict:
+    """Of decode and prefill."""
+    stream = full_stream(lm, policy, FLAGS.steps_per_call)
+    decoded = decode_figures(stream)
     prompt = some_tokens(lm, FLAGS.prefill)
 
     def prefill():
@@ -122,17 +210,11 @@ def speed() -> dict:
         jax.block_until_ready(stream.state.hidden)
 
     prefill_seconds = statistics.median(times(prefill, 3))
-    return {
-        "cache": size,
-        "decode_ms_per_token": 1e3 * seconds,
-        "decode_tokens_per_s": 1 / seconds,
-        "prefill_tokens_per_s": FLAGS.prefill / prefill_seconds,
-        "chunk": FLAGS.chunk,
-        "steps_per_call": FLAGS.steps_per_call,
-    }
+    rate = FLAGS.prefill / prefill_seconds
+    return {**decoded, "prefill_tokens_per_s": rate, "chunk": FLAGS.chunk}
 
 
-def recompute() -> dict:
+def recompute() -> list[dict]:
     lm = load()
     rows = []
     for size in map(int, FLAGS.caches):
@@ -160,7 +242,7 @@ def recompute() -> dict:
                 "{recompute_ms:.1f} ms, ratio {ratio:.1f}".format(**rows[-1]),
                 file=sys.stderr,
             )
-    return {"rows": rows}
+    return [{"rows": rows}]
 
 
 def resident_bytes() -> int:
@@ -168,7 +250,7 @@ def resident_bytes() -> int:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def forever() -> dict:
+def forever() -> list[dict]:
     lm = load()
     size = int(FLAGS.caches[0])
     stream = full_stream(lm, SinkRing(FLAGS.sinks, size - FLAGS.sinks), FLAGS.steps_per_call)
@@ -192,7 +274,7 @@ def forever() -> dict:
     tenth = max(1, len(seconds) // 10)
     after_first = [b for n, b in memory if n >= 1000]
     first, last_tenth = statistics.median(seconds[:tenth]), statistics.median(seconds[-tenth:])
-    return {
+    found = {
         "cache": size,
         "tokens": count,
         "traces_of_the_step": lm.decode.traces,
@@ -203,9 +285,14 @@ def forever() -> dict:
         "resident_mb_at_the_end": after_first[-1] / 1e6,
         "resident_mb_most": max(after_first) / 1e6,
     }
+    return [found]
 
 
-KINDS = {"speed": speed, "recompute": recompute, "forever": forever}
+KINDS: dict[str, Callable[[], Iterable[dict]]] = {
+    "speed": speed,
+    "recompute": recompute,
+    "forever": forever,
+}
 
 
 def main(arguments: list[str]) -> None:
@@ -213,25 +300,33 @@ def main(arguments: list[str]) -> None:
         given = " ".join(arguments) or "none"
         raise app.UsageError(f"give one of {', '.join(KINDS)}, got {given}")
     kind = arguments[0]
+    for name in ("sinks", "caches") if kind == "speed" else ("cache", "at", "prefill"):
+        if FLAGS[name].present:
+            others = "recompute and forever" if kind == "speed" else "speed"
+            raise app.UsageError(f"--{name} belongs to {others}, not to {kind}")
+    if FLAGS.at is not None and FLAGS["prefill"].present:
+        raise app.UsageError("--at measures decode alone: leave out --prefill")
     if any(not size.isdigit() or int(size) <= FLAGS.sinks for size in FLAGS.caches):
         raise ValueError(f"--caches must be whole numbers above --sinks, got {FLAGS.caches}")
     if kind == "forever" and FLAGS.tokens < 2000:
         raise ValueError(f"forever needs --tokens ≥ 2000 to say anything, got {FLAGS.tokens}")
-    result = {
-        "bench": kind,
-        "model": FLAGS.model,
-        "dtype": FLAGS.dtype,
-        **KINDS[kind](),
-        "jax": jax.__version__,
-        "device": jax.devices()[0].device_kind,
-        "cpus": os.cpu_count(),
-        "python": platform.python_version(),
-    }
-    if is_main():
-        for name, value in result.items():
-            if isinstance(value, float):
-                print(f"{name:>28}  {value:.4g}", file=sys.stderr)
-    print(json.dumps(result))
+    for found in KINDS[kind]():
+        result = {
+            "bench": kind,
+            "model": FLAGS.model,
+            "dtype": FLAGS.dtype,
+            **found,
+            "jax": jax.__version__,
+            "device": jax.devices()[0].device_kind,
+            "cpus": os.cpu_count(),
+            "python": platform.python_version(),
+        }
+        if is_main():
+            for name, value in result.items():
+                if isinstance(value, float) or name == "cache":
+                    text = f"{value:.4g}" if isinstance(value, float) else value
+                    print(f"{name:>28}  {text}", file=sys.stderr)
+        print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

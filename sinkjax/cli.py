@@ -3,7 +3,7 @@
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -11,6 +11,7 @@ import jax
 from absl import app, flags
 
 from sinkjax import mesh
+from sinkjax.caches import Policy, parse_policy
 from sinkjax.checkpoints.builtin import cache_folder
 from sinkjax.streaming import LanguageModel
 
@@ -40,6 +41,39 @@ def define_model_flags() -> None:
         "The devices to spread the model (its heads, MLPs and vocabulary) and the rows of a batch "
         "over, such as model=4,data=2; by default, one.",
     )
+
+
+def define_cache_flag(default: str | None, help: str) -> None:
+    """The flag by which every command takes cache policies: one, or any number without default."""
+    form = "What to remember: ring:SINKS+WINDOW, full:TOKENS, duo:PATTERN@SPARSITY,SINKS+WINDOW"
+    text = f"{form},TOKENS; with ,int8 or ,int4 for quantised keys and values. {help}"
+    if default is None:
+        flags.DEFINE_multi_string("cache", [], f"{text} May be given several times.")
+    else:
+        flags.DEFINE_string("cache", default, text)
+
+
+def cache_policy(spec: str, *, tokens: int | None = None) -> Policy:
+    """The policy that a text describes (see `parse_policy`), the same on all hosts."""
+    with mesh.together(f"reading --cache {spec}"):
+        policy = parse_policy(spec, tokens=tokens)
+    mesh.agree(f"the cache {spec}", policy)
+    return policy
+
+
+def cache_policies(specs: Sequence[str], *, tokens: int) -> dict[str, Policy]:
+    """The policies by their texts.
+
+    Args:
+        specs: see `parse_policy`.
+        tokens: how many a full cache holds where its text does not say.
+
+    Raises:
+        ValueError: a text that is given twice; otherwise as `parse_policy`.
+    """
+    if len(set(specs)) != len(specs):
+        raise ValueError(f"--cache must name each policy once, got {', '.join(specs)}")
+    return {spec: cache_policy(spec, tokens=tokens) for spec in specs}
 
 
 def define_process_flags() -> None:

@@ -16,8 +16,8 @@ from typing import Any
 from absl import app, flags
 
 from sinkjax import mesh
-from sinkjax.caches import SinkRing
-from sinkjax.cli import define_model_flags, load_model, run
+from sinkjax.caches import CacheFull, Policy, without_end
+from sinkjax.cli import cache_policy, define_cache_flag, define_model_flags, load_model, run
 from sinkjax.streaming import Sampling, Stream
 from sinkjax.streaming.snapshot import Recorder, Settings, resume, saved_settings
 from sinkjax.streaming.stream import Output
@@ -36,8 +36,13 @@ def define_flags() -> None:
         "prompts_file", None, "A UTF-8 file of prompts, one a line: run as a batch."
     )
     flags.DEFINE_bool("chat", False, "Converse in the terminal, with the model's chat template.")
-    flags.DEFINE_integer("sinks", 4, "First tokens that are kept for ever.")
-    flags.DEFINE_integer("window", 1020, "Newest tokens that are kept.")
+    define_cache_flag("ring:4+1020", "A ring writes for ever; for others, see --on_full.")
+    flags.DEFINE_enum(
+        "on_full",
+        "stop",
+        ["stop", "stream"],
+        "When a full cache has no place left: stop, or go on as a ring of 4 sinks and the newest.",
+    )
     flags.DEFINE_integer(
         "max_tokens", 0, "The most tokens to write (in a chat: a reply); 0: no end."
     )
@@ -70,7 +75,7 @@ class Printer:
     def outputs(self, outputs: list[Output]) -> None:
         for row, out in enumerate(outputs):
             if self.as_json:
-                if out.tokens:
+                if out.tokens or out.text:
                     self.event("text", row=row, text=out.text, tokens=list(out.tokens))
                 if out.end:
                     self.event("end", row=row, reason=out.end)
@@ -179,9 +184,14 @@ def _prompts() -> list[str]:
     return [as_text(sys.stdin.buffer.read(), "standard input")]
 
 
-def settings_from_flags(rows: int) -> Settings:
+def policy_from_flags() -> Policy:
+    policy = cache_policy(FLAGS.cache)
+    return without_end(policy) if FLAGS.on_full == "stream" else policy
+
+
+def settings_from_flags(rows: int, cache: Policy) -> Settings:
     return Settings(
-        cache=SinkRing(FLAGS.sinks, FLAGS.window),
+        cache=cache,
         sampling=Sampling(
             temperature=FLAGS.temperature,
             top_k=FLAGS.top_k,
@@ -192,7 +202,7 @@ def settings_from_flags(rows: int) -> Settings:
         seeds=tuple(FLAGS.seed + row for row in range(rows)),
         stop=tuple(FLAGS.stop),
         ignore_eos=FLAGS.ignore_eos,
-        extra=dict(model=FLAGS.model, dtype=FLAGS.dtype),
+        extra={name: FLAGS[name].value for name in ("model", "dtype", "cache", "on_full")},
     )
 
 
@@ -203,7 +213,7 @@ def start(timer: Timer) -> tuple[Stream, Recorder | None]:
         timer.start()
         return resumed
     texts = prompts()
-    settings = settings_from_flags(len(texts))
+    settings = settings_from_flags(len(texts), policy_from_flags())
     lm = load_model()
     stream = settings.new_stream(lm, steps_per_call=FLAGS.steps_per_call)
     recorder = None
@@ -219,13 +229,11 @@ def _by_flag(settings: Settings) -> dict[str, Any]:
     values = settings.to_json()
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     return {
-        "sinks": values["cache"].get("sinks"),
-        "window": values["cache"].get("window"),
         **{name: values["sampling"][name] for name in names},
         "seed": values["seeds"][0],
         "stop": values["stop"],
         "ignore_eos": values["ignore_eos"],
-        "dtype": values["extra"].get("dtype"),
+        **{name: values["extra"].get(name) for name in ("dtype", "cache", "on_full")},
     }
 
 
@@ -237,7 +245,8 @@ def _resumed() -> tuple[Stream, Recorder]:
     for name in ("model", "dtype"):
         if not FLAGS[name].present:
             FLAGS[name].value = saved.extra[name]
-    given = _by_flag(settings_from_flags(len(saved.seeds)))
+    # The texts of caches are compared: the file of a pattern is not needed any more.
+    given = _by_flag(settings_from_flags(len(saved.seeds), saved.cache))
     differ = [
         f"--{name} was {kept}, now {given[name]}"
         for name, kept in _by_flag(saved).items()
@@ -328,6 +337,22 @@ def converse(stream: Stream, printer: Printer, timer: Timer) -> None:
         seen = whole + tokenizer.decode(drawn, skip_special=False)
 
 
+def _how_long_it_lasted(stream: Stream) -> str:
+    ends = [(i, row) for i, row in enumerate(stream.rows) if row.full]
+    state = "is full"
+    if not ends:  # what should be read next is too long
+        ends, state = list(enumerate(stream.rows)), "has no room for what comes next"
+    lasted = "; ".join(
+        (f"[{i}] " if len(stream.rows) > 1 else "")
+        + f"{row.tokens} ({row.fed} read, {row.drawn} written)"
+        for i, row in ends
+    )
+    return (
+        f"the cache of {stream.cache.limit} tokens {state}: it lasted for {lasted}. Give --cache "
+        "more room, or let --on_full=stream go on without end, forgetting the oldest tokens"
+    )
+
+
 def main(argv: list[str]) -> None:
     if argv:
         raise app.UsageError(f"unexpected argument {argv[0]!r}")
@@ -339,17 +364,25 @@ def main(argv: list[str]) -> None:
         raise app.UsageError("--chat talks to one process: run it on one host")
     timer = Timer()
     caught: list[int] = []
+    full: CacheFull | None = None
     if FLAGS.chat:
-        lm = load_model()
-        stream = settings_from_flags(1).new_stream(lm, steps_per_call=FLAGS.steps_per_call)
+        settings = settings_from_flags(1, policy_from_flags())
+        stream = settings.new_stream(load_model(), steps_per_call=FLAGS.steps_per_call)
         printer = Printer(1, FLAGS.json)
-        converse(stream, printer, timer)
+        try:
+            converse(stream, printer, timer)
+        except CacheFull as error:
+            if stream.rows[0].full:  # in the midst of a reply
+                printer.finish()
+            full = error
     else:
         stream, recorder = start(timer)
         printer = Printer(len(stream.rows), FLAGS.json)
         with signals() as caught:
             try:
                 write(stream, printer, timer, caught, recorder)
+            except CacheFull as error:
+                full = error
             finally:
                 try:
                     printer.finish()
@@ -362,6 +395,8 @@ def main(argv: list[str]) -> None:
             printer.event("stats", **stats)
         elif mesh.is_main():
             print(", ".join(f"{k} {v}" for k, v in stats.items()), file=sys.stderr)
+    if full:
+        raise ValueError(_how_long_it_lasted(stream)) from full
     # Ctrl-C is how a stream without end ends; SIGTERM is for whoever sent it to see.
     if signal.SIGTERM in caught:
         sys.exit(128 + signal.SIGTERM)

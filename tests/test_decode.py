@@ -9,9 +9,10 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 
-from sinkjax import Sampling, SinkRing, Stream
+from sinkjax import HeadSplit, Sampling, SinkRing, Stream
 from sinkjax.checkpoints import orbax
 from tests.conftest import ROOT, byte_tokenizer, python, tiny_decoder
 
@@ -106,7 +107,7 @@ def test_a_prompt_is_continued(decode, byte_lm, tmp_path, how):
 def test_flags_reach_the_stream(decode, byte_lm):
     sampling = Sampling(temperature=1.2, top_k=90, top_p=0.95, min_p=0.01, repetition_penalty=1.3)
     flags = ["--temperature", 1.2, "--top_k", 90, "--top_p", 0.95, "--min_p", 0.01]
-    flags += ["--repetition_penalty", 1.3, "--sinks", 1, "--window", 9, "--seed", 5]
+    flags += ["--repetition_penalty", 1.3, "--cache", "ring:1+9", "--seed", 5]
     flags += ["--ignore_eos", "--steps_per_call", 4, "--max_tokens", 50]
     stream = Stream(byte_lm, cache=SinkRing(1, 9), sampling=sampling, seeds=[5], ignore_eos=True)
     stream.feed(["Hi"])
@@ -142,7 +143,8 @@ def test_events_are_json(decode, byte_lm):
 
 
 def test_stats_go_to_stderr(decode):
-    result = decode("--prompt", "Hi", "--max_tokens", 40, "--ignore_eos", "--stats", "--window", 8)
+    flags = ["--max_tokens", 40, "--ignore_eos", "--stats", "--cache", "ring:4+8"]
+    result = decode("--prompt", "Hi", *flags)
     assert result.returncode == 0
     (line,) = result.stderr.decode().splitlines()
     stats = dict(pair.split(" ") for pair in line.split(", "))
@@ -230,6 +232,91 @@ def test_a_stream_that_is_killed_again_and_again_loses_nothing(start, decode, tm
     assert len(list(killed.iterdir())) == len(list(undisturbed.iterdir()))
 
 
+# A cache with an end
+
+FULL = ["--prompt", "Hi", "--ignore_eos", "--cache", "full:40"]
+LASTED = (
+    "decode: the cache of 40 tokens is full: it lasted for 40 (2 read, 38 written). Give --cache "
+    "more room, or let --on_full=stream go on without end, forgetting the oldest tokens\n"
+)
+
+
+def test_a_full_cache_ends_the_text_and_says_how_long_it_lasted(decode, byte_lm, tmp_path):
+    """Nothing that it wrote is lost, not even what might have become a stop string."""
+    (expected,) = text(byte_lm, ["Hi"], 38, ignore_eos=True)
+    stop = ["--stop", expected[-1] + "never this"]
+    result = decode(*FULL, *stop, "--save", tmp_path / "s", "--max_tokens", 500)
+    assert (result.returncode, result.stderr.decode()) == (2, LASTED)
+    assert result.stdout.decode() == expected + "\n"
+    assert (tmp_path / "s" / "text-0.txt").read_bytes().decode() == expected
+    assert (tmp_path / "s" / "at-000000000000040").is_dir()
+    again = decode("--resume", tmp_path / "s")
+    assert again.returncode == 2 and again.stderr.decode().endswith(LASTED)
+    assert (tmp_path / "s" / "text-0.txt").read_bytes().decode() == expected
+
+
+def test_a_full_cache_is_an_event(decode):
+    result = decode(*FULL, "--json", "--stats", "--steps_per_call", 16)
+    assert (result.returncode, result.stderr.decode()) == (2, LASTED)
+    *texts, end, stats = map(json.loads, result.stdout.splitlines())
+    assert sum(len(event["tokens"]) for event in texts) == 38
+    assert (end["event"], end["reason"]) == ("end", "cache_full")
+    assert (stats["tokens_drawn"], stats["slots_filled"]) == (38, 40)
+
+
+def test_each_row_of_a_batch_has_a_cache_to_fill(decode, byte_lm, tmp_path):
+    """The first to be full waits for the others, and all of it is in the saved stream."""
+    (tmp_path / "prompts").write_text("Hi\nHello, you\n")
+    flags = ["--prompts_file", tmp_path / "prompts", *FULL[2:], "--save", tmp_path / "s"]
+    result = decode(*flags, "--json")
+    assert result.returncode == 2
+    lasted = "it lasted for [0] 40 (2 read, 38 written); [1] 40 (10 read, 30 written). Give"
+    assert lasted in result.stderr.decode()
+    events = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [(e["row"], e["reason"]) for e in events if e["event"] == "end"] == [
+        (1, "cache_full"),
+        (0, "cache_full"),
+    ]
+    for row, (said, length) in enumerate([("Hi", 38), ("Hello, you", 30)]):
+        (expected,) = text(byte_lm, [said], length, seed=row, ignore_eos=True)
+        assert (tmp_path / "s" / f"text-{row}.txt").read_bytes().decode() == expected
+    again = decode("--resume", tmp_path / "s")
+    assert again.returncode == 2 and lasted in again.stderr.decode()
+
+
+@pytest.mark.parametrize(
+    ("most", "state"), [(10, "has no room for what comes next"), (0, "is full")]
+)
+def test_a_full_cache_ends_a_chat(decode, byte_lm, most, state):
+    turn = "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+    read = len(byte_lm.tokenizer.encode(turn))
+    flags = ["--chat", "--cache", f"full:{read + 15}", "--max_tokens", most, "--ignore_eos"]
+    result = decode(*flags, stdin=b"Hello\nAnd you?\n")
+    stream = Stream(byte_lm, cache=SinkRing(4, 1020), sampling=DEFAULTS, ignore_eos=True)
+    stream.feed([turn])
+    reply = "".join(piece for (piece,) in stream.pieces(most or 15))
+    assert (result.returncode, result.stdout.decode()) == (2, reply + "\n")
+    lasted = f"the cache of {read + 15} tokens {state}: it lasted for {read + (most or 15)} "
+    assert lasted in result.stderr.decode()
+
+
+def test_a_full_cache_goes_on_as_a_ring(decode, byte_lm, tmp_path):
+    """The heads that stream from the start go on as they do."""
+    pattern = np.array([[True, False], [False, False]])
+    (tmp_path / "gates.tsv").write_text("0.9\t0.2\n0.1\t0.3\n")
+    tail = HeadSplit(SinkRing(4, 36), SinkRing(2, 9, "absolute"), pattern)
+    for spec, cache in {
+        "full:40": SinkRing(4, 36),
+        f"duo:{tmp_path / 'gates.tsv'}@0.75,2+9,40": tail,
+    }.items():
+        stream = Stream(byte_lm, cache=cache, sampling=DEFAULTS, ignore_eos=True)
+        stream.feed(["Hi"])
+        expected = "".join(piece for (piece,) in stream.pieces(100))
+        flags = ["--cache", spec, "--on_full", "stream", "--ignore_eos", "--max_tokens", 100]
+        said = succeeded(decode("--prompt", "Hi", *flags)).decode()
+        assert said == expected + "\n"
+
+
 # What it refuses
 
 
@@ -240,6 +327,8 @@ def refusals(decode, tmp_path_factory):
     (folder / "latin").write_bytes("Grüße".encode("latin-1"))
     (folder / "blank").write_text("\n \n")
     (folder / "empty").mkdir()
+    three = folder / "three.tsv"
+    three.write_text("0\t1\n" * 3)
     model = tiny_decoder(258, seed=1)
     orbax.save_model(folder / "other", model.config, model, byte_tokenizer())
     saved = folder / "saved"
@@ -247,10 +336,14 @@ def refusals(decode, tmp_path_factory):
     commands = {
         "unknown model": ["--prompt", "Hi", "--model", "gpt-9"],
         "damaged model": ["--prompt", "Hi", "--model", folder / "empty"],
-        "negative window": ["--prompt", "Hi", "--window", -5],
-        "no window": ["--prompt", "Hi", "--window", 0],
-        "negative sinks": ["--prompt", "Hi", "--sinks", -1],
-        "window is no number": ["--prompt", "Hi", "--window", "wide"],
+        "unknown cache": ["--prompt", "Hi", "--cache", "lru:9"],
+        "no window": ["--prompt", "Hi", "--cache", "ring:4+0"],
+        "no size": ["--prompt", "Hi", "--cache", "full"],
+        "no pattern": ["--prompt", "Hi", "--cache", f"duo:{folder / 'absent.tsv'}@0.5,99"],
+        "pattern of another model": ["--prompt", "Hi", "--cache", f"duo:{three}@0.5,99"],
+        "prompt too long for the cache": ["--prompt", "Hi", "--cache", "full:1"],
+        "too small to stream": ["--prompt", "Hi", "--cache", "full:4", "--on_full", "stream"],
+        "max_tokens is no number": ["--prompt", "Hi", "--max_tokens", "many"],
         "negative temperature": ["--prompt", "Hi", "--temperature", -1],
         "negative max_tokens": ["--prompt", "Hi", "--max_tokens", -1],
         "negative seed": ["--prompt", "Hi", "--seed", -1],
@@ -264,7 +357,9 @@ def refusals(decode, tmp_path_factory):
         "stray argument": ["--prompt", "Hi", "there"],
         "nothing to resume": ["--resume", folder / "empty"],
         "resume with a prompt": ["--resume", saved, "--prompt", "Hi"],
-        "resume with other settings": ["--resume", saved, "--window", 9, "--temperature", 0.8],
+        "resume with other settings": [
+            *("--resume", saved, "--cache", "ring:4+9", "--on_full", "stop", "--temperature", 0.8)
+        ],
         "resume with another model": ["--resume", saved, "--model", folder / "other"],
         "folder in use": ["--prompt", "Hi", "--save", saved],
         "unwritable folder": ["--prompt", "Hi", "--save", folder / "latin" / "below"],
@@ -284,10 +379,14 @@ def refusals(decode, tmp_path_factory):
     {
         "unknown model": "no model at 'gpt-9': expected",
         "damaged model": "no model at",
-        "negative window": "window must be ≥ 1, got -5",
+        "unknown cache": "no cache policy 'lru:9': expected one of",
         "no window": "window must be ≥ 1, got 0",
-        "negative sinks": "sinks must be ≥ 0, got -1",
-        "window is no number": "--window=wide",
+        "no size": "cache policy 'full' must say how many tokens it holds: expected one of",
+        "no pattern": "absent.tsv",
+        "pattern of another model": "for 3 layers of 2 KV heads, this model has 2 of 2",
+        "prompt too long for the cache": "the FullCache of 1 tokens is full: a row would hold 2",
+        "too small to stream": "a full cache of 4 tokens is too small to go on",
+        "max_tokens is no number": "--max_tokens=many",
         "negative temperature": "temperature must be ≥ 0, got -1.0",
         "negative max_tokens": "max_tokens must be ≥ 0",
         "negative seed": "seeds must be whole numbers in [0, 2³²)",
@@ -301,7 +400,9 @@ def refusals(decode, tmp_path_factory):
         "stray argument": "unexpected argument 'there'",
         "nothing to resume": "there is no saved stream in",
         "resume with a prompt": "leave out --prompt",
-        "resume with other settings": "has other settings: --window was 1020, now 9. ",
+        "resume with other settings": (
+            "has other settings: --cache was ring:4+1020, now ring:4+9. "
+        ),
         "resume with another model": "belongs to another model",
         "folder in use": "holds a saved stream already",
         "unwritable folder": "Not a directory",
@@ -312,8 +413,9 @@ def refusals(decode, tmp_path_factory):
 def test_bad_input_ends_with_one_clear_line(refusals, name, message):
     result = refusals[0][name]
     assert (result.returncode, result.stdout) == (2, b"")
-    (line,) = result.stderr.decode().splitlines()
+    line, *more = result.stderr.decode().splitlines()
     assert line.startswith("decode: ") and message in line
+    assert not more or line.endswith("expected one of")  # the forms that a cache's text may have
 
 
 def test_what_is_refused_leaves_nothing_behind(refusals):

@@ -14,7 +14,7 @@ import pytest
 import tokenizers
 from flax import nnx
 
-from sinkjax import FullCache, LanguageModel, Sampling, SinkRing, Stream, evaluate
+from sinkjax import CacheFull, FullCache, LanguageModel, Sampling, SinkRing, Stream, evaluate
 from sinkjax.analysis import (
     Curve,
     Recall,
@@ -98,6 +98,21 @@ def test_a_curve_is_what_one_token_at_a_time_gives(mode, policy):
     np.testing.assert_allclose(curve.nll, expected, atol=TOLERANCE)
     assert curve.perplexity == pytest.approx(np.exp(np.mean(expected)), rel=TOLERANCE)
     assert curve.tokens_per_second > 0
+
+
+def test_other_caches_have_curves_of_their_own():
+    others = {"ring:2+6": SinkRing(SINKS, WINDOW), "full": FullCache(N)}
+    for modes in ([], ["window"]):
+        found = perplexity_curves(
+            tiny(), token_ids(), sinks=SINKS, window=WINDOW, modes=modes, caches=others, chunk=5
+        )
+        assert list(found) == [*modes, *others]
+        for name, same in {"ring:2+6": "streaming", "full": "dense"}.items():
+            np.testing.assert_array_equal(found[name].nll, curves()[same].nll)
+    with pytest.raises(ValueError, match="'dense' is the name of a mode"):
+        perplexity_curves(tiny(), token_ids(), modes=[], caches={"dense": FullCache(N)})
+    with pytest.raises(CacheFull, match="would hold 41"):
+        perplexity_curves(tiny(), token_ids(), modes=[], caches={"a": FullCache(N - 1)})
 
 
 def test_recompute_encodes_each_window_from_scratch():
@@ -341,6 +356,8 @@ def test_recall_is_what_drawing_gives():
     curve = perplexity_curves(tiny(), ids, **settings)["streaming"]
     expected = [curve.nll[first - 1 : stop - 1].mean() for first, stop in spans]
     np.testing.assert_allclose(found.nll, expected, atol=TOLERANCE)
+    other = dict(modes=[], caches={"ring": SinkRing(4, 36)}, chunk=16)
+    np.testing.assert_array_equal(stream_recall(tiny(), task, **other)["ring"].nll, found.nll)
 
 
 @pytest.mark.parametrize(
@@ -384,13 +401,16 @@ def test_the_command(tmp_path):
     (tmp_path / "text.txt").write_text("once upon a time " * 6)
     flags = ("--model", model, "--text", tmp_path / "text.txt", "--out", tmp_path / "out")
     sizes = ("--sinks=2", "--window=6", "--recompute_samples=3", "--chunk=16", "--bucket=20")
-    modes = "--modes=recompute,streaming"
+    modes = ("--modes=recompute,streaming", "--cache=ring:2+6,int8", "--cache=full")
 
-    done = command("perplexity", *flags, *sizes, modes, "--tokens=50")
+    done = command("perplexity", *flags, *sizes, *modes, "--tokens=50")
     assert done.returncode == 0, done.stderr
     assert "the first 50 tokens of" in done.stdout and "streaming_at_samples" in done.stdout
     assert "recompute: 100%" in done.stderr
-    assert len(rows_of(tmp_path / "out" / "perplexity.csv")) == 3 + 50
+    assert len(rows_of(tmp_path / "out" / "perplexity.csv")) == 3 + 50 + 50 + 50
+    assert [row["mode"] for row in rows_of(tmp_path / "out" / "summary.csv")] == [
+        *("recompute", "streaming", "ring:2+6,int8", "full", "streaming_at_samples")
+    ]
     assert png_size(tmp_path / "out" / "perplexity.png") == (1440, 800)
 
 

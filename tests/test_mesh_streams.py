@@ -203,7 +203,7 @@ def test_two_hosts_decode_and_save_and_one_resumes(folder, expected, one, tmp_pa
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     (tmp_path / "prompts").write_text("\n".join(PROMPTS))
     flags = ["--model", folder, "--mesh", "model=4,data=2", "--json", "--ignore_eos"]
-    flags += ["--temperature=0", "--repetition_penalty=1", "--sinks=2", "--window=14"]
+    flags += ["--temperature=0", "--repetition_penalty=1", "--cache=ring:2+14"]
     flags += ["--prompts_file", tmp_path / "prompts", f"--max_tokens={TOKENS}"]
     flags += ["--save", tmp_path / "saved", "--save_every=30"]
     flags += ["--coordinator_address", f"localhost:{free_port()}", "--num_processes=2"]

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -96,11 +96,13 @@ def perplexity_curves(
     sinks: int = 4,
     window: int = 1020,
     modes: Sequence[str] = MODES,
+    caches: Mapping[str, Policy] | None = None,
     recompute_samples: int = 256,
     chunk: int = CHUNK,
     progress: bool = False,
 ) -> dict[str, Curve]:
-    """Scores one text under several modes, which all remember C = sinks + window tokens.
+    """Scores one text under several modes, which all remember C = sinks + window tokens, and under
+    any other caches.
 
     Everything is what feeding one token at a time would give (see `nll`).
 
@@ -114,20 +116,24 @@ def perplexity_curves(
         lm: the model.
         token_ids: `[N+1]`; each of N positions is scored on the token after it.
         sinks, window: sizes in tokens.
-        modes: names from the list above.
+        modes: names from the list above; may be empty where there are `caches`.
+        caches: other policies by names of their own.
         recompute_samples: how many positions, evenly spread, `recompute` scores; 0, or N and
             more: all.
         chunk: tokens per call; changes speed and memory alone.
         progress: show bars on stderr.
 
     Returns:
-        A curve of N positions a mode (`recompute`: of its samples), in the order of `modes`.
+        A curve of N positions a mode (`recompute`: of its samples), in the order of `modes`, then
+        one for each of `caches`.
 
     Raises:
         ValueError: an unknown mode, a size out of range, fewer than two tokens, an id out of
             range, or a window wider than the model's own.
+        CacheFull: the text is longer than a full cache of `caches`.
     """
-    check_modes(modes, MODES)
+    caches = caches or {}
+    check_modes(modes, MODES, caches)
     ids = lm.check_tokens(token_ids)
     if ids.ndim != 1 or len(ids) < 2:
         raise ValueError(f"expected the ids of at least two tokens [N+1], got shape {ids.shape}")
@@ -135,8 +141,11 @@ def perplexity_curves(
         if value < least:
             raise ValueError(f"{name} must be ≥ {least}, got {value}")
     N, capacity = len(ids) - 1, SinkRing(sinks, window).capacity
+    policies = policies_of(modes, caches, sinks=sinks, window=window, tokens=N)
+    for policy in policies.values():
+        policy.check(N)
     curves = {}
-    for mode in modes:
+    for mode in [*modes, *caches]:
         positions = np.arange(N)
         if mode == "recompute":
             positions = spread(recompute_samples or N, N)
@@ -145,8 +154,7 @@ def perplexity_curves(
             if mode == "recompute":
                 values = _recomputed(lm, ids, positions, capacity, chunk, meter)
             else:
-                policy = policy_of(mode, sinks=sinks, window=window, tokens=N)
-                values = nll(lm, ids, cache=policy, chunk=chunk, progress=meter)
+                values = nll(lm, ids, cache=policies[mode], chunk=chunk, progress=meter)
         curves[mode] = Curve(positions, values, meter.rate)
     return curves
 
@@ -166,10 +174,25 @@ def policy_of(mode: str, *, sinks: int, window: int, tokens: int) -> Policy:
     raise ValueError(f"mode {mode!r} has no cache: expected dense, window or streaming")
 
 
-def check_modes(modes: Sequence[str], known: Sequence[str]) -> None:
-    """Raises ValueError where a mode is unknown, named twice, or where there is none."""
+def policies_of(
+    modes: Sequence[str], caches: Mapping[str, Policy], *, sinks: int, window: int, tokens: int
+) -> dict[str, Policy]:
+    """The caches of modes (see `policy_of`; `recompute` has none), and others, by name."""
+    own = {
+        mode: policy_of(mode, sinks=sinks, window=window, tokens=tokens)
+        for mode in modes
+        if mode != "recompute"
+    }
+    return own | dict(caches)
+
+
+def check_modes(modes: Sequence[str], known: Sequence[str], caches: Collection[str] = ()) -> None:
+    """Raises ValueError where a mode is unknown or named twice, another cache has the name of one,
+    or there are none of either."""
+    if taken := [name for name in caches if name in known]:
+        raise ValueError(f"{taken[0]!r} is the name of a mode: give the cache another")
     wrong = [mode for mode in modes if mode not in known]
-    if wrong or not modes or len(set(modes)) != len(modes):
+    if wrong or not (modes or caches) or len(set(modes)) != len(modes):
         raise ValueError(
             f"modes must be some of {', '.join(known)}, each once, got {', '.join(modes) or 'none'}"
         )

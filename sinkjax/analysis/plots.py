@@ -1,4 +1,4 @@
-"""Curves against the position in a stream."""
+"""Curves against the position in a stream, and heat maps of recall."""
 
 from collections.abc import Mapping
 
@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 from numpy.typing import ArrayLike
 
+from sinkjax.analysis.passkey import Grid
 from sinkjax.analysis.perplexity import Curve, bucketed
 from sinkjax.analysis.streameval import Recall
 
@@ -18,6 +19,7 @@ _COLORS = {
     "recompute": "#009E73",
     "streaming": "#0072B2",
 }
+_OTHERS = ("#CC79A7", "#56B4E9", "#000000", "#999999")  # of caches that are no mode
 
 
 def plot_curves(
@@ -97,9 +99,40 @@ def plot_recall(
     return _finished(ax)
 
 
+def plot_grids(grids: Mapping[str, Grid]) -> Figure:
+    """Draws a heat map of recall for each policy, side by side.
+
+    Args:
+        grids: by the names of their policies; of the same lengths and depths.
+
+    Returns:
+        A new figure.
+    """
+    first = next(iter(grids.values()))
+    wide, high = len(first.lengths), len(first.depths)
+    # Inches: of the cells, of what is beside them, of the colour bar.
+    size = (len(grids) * max(2.4, 0.55 * wide + 0.6) + 1.4, max(2.4, 0.36 * high + 1.2))
+    figure = Figure(figsize=size, dpi=200, layout="constrained")
+    axes = figure.subplots(1, len(grids), sharey=True, squeeze=False)[0]
+    for ax, (name, grid) in zip(axes, grids.items(), strict=True):
+        # Cividis: as everybody sees it.
+        image = ax.imshow(grid.recall, vmin=0, vmax=1, cmap="cividis", aspect="auto")
+        for (row, column), value in np.ndenumerate(grid.recall):
+            color = "black" if value > 0.5 else "white"
+            ax.text(column, row, f"{value:.2f}", ha="center", va="center", color=color, size=7)
+        ax.set_title(f"{name}\n{grid.mean:.1%}", size=8)
+        ax.set_xticks(range(wide), [f"{n:,}" for n in grid.lengths], rotation=45, size=8)
+        ax.set_yticks(range(high), [f"{depth:.0%}" for depth in grid.depths], size=8)
+    figure.supxlabel("length of the prompt (tokens)", size=9)
+    axes[0].set_ylabel("depth of the answer", size=9)
+    figure.colorbar(image, ax=axes, label="recall", shrink=0.8)
+    return figure
+
+
 def _axes(ax: Axes | None, x: str, y: str) -> Axes:
     # Not through pyplot: it would keep every figure, and choose a screen.
     ax = ax or Figure(figsize=(7.2, 4), dpi=200, layout="constrained").add_subplot()
+    ax.set_prop_cycle(color=_OTHERS)
     ax.set_xlabel(x)
     ax.set_ylabel(y)
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))

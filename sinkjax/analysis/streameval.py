@@ -5,7 +5,7 @@ lines back. The task was described, never released: the wording here is ours.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Self
 
 import jax
@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 from tqdm import tqdm
 
-from sinkjax.analysis.perplexity import check_modes, policy_of
+from sinkjax.analysis.perplexity import check_modes, policies_of
 from sinkjax.caches import LayerCaches, Policy
 from sinkjax.mesh import fetch
 from sinkjax.models import Decoder
@@ -91,7 +91,7 @@ def script(lines: int, *, every: int, back: int, seed: int) -> list[tuple[int, s
     known: list[tuple[str, str]] = []
     out = []
     for number in range(1, lines + 1):
-        name, value = _name(rng), str(rng.integers(1000, 10_000))
+        name, value = made_up_name(rng), str(rng.integers(1000, 10_000))
         known.append((f"line {number}: register {name} <", value))
         out.append((number, *known[-1], False))
         if number % every == 0 and number > back:
@@ -100,7 +100,8 @@ def script(lines: int, *, every: int, back: int, seed: int) -> list[tuple[int, s
     return out
 
 
-def _name(rng: np.random.Generator) -> str:
+def made_up_name(rng: np.random.Generator) -> str:
+    """Three syllables, which no text is likely to have."""
     # Lines that differ in the digits of a number alone, SmolLM2-135M takes for one another.
     consonants, vowels = (rng.choice(list(s), 3) for s in ("bdfgklmnprstvz", "aeiou"))
     return "".join(c + v for c, v in zip(consonants, vowels, strict=True)).capitalize()
@@ -167,6 +168,7 @@ def stream_recall(
     sinks: int = 4,
     window: int = 1020,
     modes: Sequence[str] = MODES,
+    caches: Mapping[str, Policy] | None = None,
     chunk: int = CHUNK,
     progress: bool = False,
 ) -> dict[str, Recall]:
@@ -178,43 +180,70 @@ def stream_recall(
     Args:
         lm: the model.
         task: see `Task.make`.
-        sinks, window, modes, chunk, progress: see `perplexity_curves` (no `recompute`).
+        sinks, window, modes, caches, chunk, progress: see `perplexity_curves` (no `recompute`).
 
     Raises:
         ValueError: an unknown mode, a size or a token id out of range.
+        CacheFull: the stream is longer than a full cache of `caches`.
     """
-    check_modes(modes, MODES)
-    if chunk < 1:
-        raise ValueError(f"chunk must be ≥ 1, got {chunk}")
+    caches = caches or {}
+    check_modes(modes, MODES, caches)
+    reader = Reader(lm, chunk=chunk)
     ids = lm.check_tokens(task.token_ids)
+    N = len(ids) - 1
+    policies = policies_of(modes, caches, sinks=sinks, window=window, tokens=N)
+    for policy in policies.values():
+        policy.check(N)
     out = {}
-    for mode in modes:
-        policy = policy_of(mode, sinks=sinks, window=window, tokens=len(ids) - 1)
-        with tqdm(total=len(ids) - 1, desc=mode, unit="token", disable=not progress) as bar:
-            out[mode] = grade(task, *_read(lm, ids, policy, chunk, bar.update))
+    for mode, policy in policies.items():
+        with tqdm(total=N, desc=mode, unit="token", disable=not progress) as bar:
+            out[mode] = grade(task, *reader.read(ids, policy, bar.update))
     return out
 
 
-def _read(
-    lm: LanguageModel,
-    ids: Int[np.ndarray, " N"],
-    policy: Policy,
-    chunk: int,
-    progress: Callable[[int], object],
-) -> tuple[Int[np.ndarray, " N-1"], Float[np.ndarray, " N-1"]]:
-    """The token that was expected in place of each but the first, and the surprise at each."""
-    step = lm.compiled(_scored, lambda caches, rows: (caches, P(rows), P(rows)))
-    caches = lm.init_caches(policy)
-    likeliest, nll = [], []
-    for start in range(0, len(ids) - 1, chunk):
-        length = min(chunk, len(ids) - 1 - start)
-        pair = np.zeros((2, 1, chunk), np.int32)
-        pair[:, 0, :length] = ids[start : start + length], ids[start + 1 : start + 1 + length]
-        caches, best, surprise = step(caches, *pair, np.asarray([length], np.int32))
-        likeliest.append(fetch(best)[0, :length])
-        nll.append(fetch(surprise)[0, :length])
-        progress(length)
-    return np.concatenate(likeliest), np.concatenate(nll)
+class Reader:
+    """Lets a model read texts, under any cache, and says what it expected. Compiles once a policy.
+
+    Args:
+        lm: the model.
+        chunk: tokens per call; changes speed and memory alone.
+
+    Raises:
+        ValueError: chunk < 1.
+    """
+
+    def __init__(self, lm: LanguageModel, *, chunk: int = CHUNK):
+        if chunk < 1:
+            raise ValueError(f"chunk must be ≥ 1, got {chunk}")
+        self._lm, self._chunk = lm, chunk
+        self._step = lm.compiled(_scored, lambda caches, rows: (caches, P(rows), P(rows)))
+
+    def read(
+        self,
+        ids: Int[np.ndarray, " N"],
+        policy: Policy,
+        progress: Callable[[int], object] | None = None,
+    ) -> tuple[Int[np.ndarray, " N-1"], Float[np.ndarray, " N-1"]]:
+        """The token that was expected in place of each but the first, and the surprise at each,
+        in nats.
+
+        Args:
+            ids: at least two, all of the vocabulary.
+            policy: what the model remembers; has room for N − 1 tokens.
+            progress: called with the number of tokens read, after each chunk.
+        """
+        caches = self._lm.init_caches(policy)
+        likeliest, nll = [], []
+        for start in range(0, len(ids) - 1, self._chunk):
+            length = min(self._chunk, len(ids) - 1 - start)
+            pair = np.zeros((2, 1, self._chunk), np.int32)
+            pair[:, 0, :length] = ids[start : start + length], ids[start + 1 : start + 1 + length]
+            caches, best, surprise = self._step(caches, *pair, np.asarray([length], np.int32))
+            likeliest.append(fetch(best)[0, :length])
+            nll.append(fetch(surprise)[0, :length])
+            if progress:
+                progress(length)
+        return np.concatenate(likeliest), np.concatenate(nll)
 
 
 def _scored(

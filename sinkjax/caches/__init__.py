@@ -15,7 +15,7 @@ from sinkjax.caches.protocol import (
     by_layer,
 )
 from sinkjax.caches.ring import SinkRing
-from sinkjax.caches.spec import parse_policy
+from sinkjax.caches.spec import parse_policy, without_end
 
 __all__ = [
     "Cache",
@@ -34,5 +34,6 @@ __all__ = [
     "parse_policy",
     "read_gates",
     "retrieval_heads",
+    "without_end",
     "write_gates",
 ]

@@ -1,12 +1,14 @@
 """Cache policies as short text, the same for every command."""
 
+import dataclasses
 import re
 from pathlib import Path
+from typing import cast
 
 from sinkjax.caches.full import FullCache
-from sinkjax.caches.heads import HeadSplit
+from sinkjax.caches.heads import HeadSplit, SplitHeads
 from sinkjax.caches.pattern import read_gates, retrieval_heads
-from sinkjax.caches.protocol import KV_DTYPES, Policy
+from sinkjax.caches.protocol import KV_DTYPES, LayerPolicy, PerLayer, Policy
 from sinkjax.caches.ring import SinkRing
 
 _KINDS = """expected one of
@@ -65,3 +67,29 @@ def parse_policy(spec: str, *, tokens: int | None = None) -> Policy:
         SinkRing(*(ring or (64, 256)), positions="absolute", kv_dtype=kv_dtype),
         retrieval_heads(read_gates(Path(path)), float(share)),
     )
+
+
+def without_end(policy: Policy, *, sinks: int = 4) -> Policy:
+    """The policy with a ring, of the same size, in place of each full cache.
+
+    Until the cache is full they are the same. From then on the ring forgets the oldest tokens, and
+    its sinks keep their places in the cache, so that distances stay those of a full cache.
+
+    Raises:
+        ValueError: a full cache with no room for more than the sinks.
+    """
+    if isinstance(policy, PerLayer):
+        return PerLayer(
+            tuple(cast(LayerPolicy, without_end(own, sinks=sinks)) for own in policy.policies)
+        )
+    if isinstance(policy, HeadSplit | SplitHeads):
+        retrieval = cast(LayerPolicy, without_end(policy.retrieval, sinks=sinks))
+        return dataclasses.replace(policy, retrieval=retrieval)
+    if not isinstance(policy, FullCache):
+        return policy
+    if policy.capacity <= sinks:
+        raise ValueError(
+            f"a full cache of {policy.capacity} tokens is too small to go on as a stream with "
+            f"{sinks} sinks: give it more than {sinks}"
+        )
+    return SinkRing(sinks, policy.capacity - sinks, kv_dtype=policy.kv_dtype)

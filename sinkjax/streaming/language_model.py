@@ -210,6 +210,14 @@ class LanguageModel:
         """Empty caches for one row, as `score` takes them."""
         return self._placed(lambda: self.model.init_caches(policy), self._rows_axis(1))
 
+    def cache_bytes(self, policy: Policy) -> int:
+        """What the caches of one row hold, all devices together; int4 as half a byte (a CPU gives
+        it a whole one)."""
+        leaves = jax.tree.leaves(jax.eval_shape(lambda: self.model.init_caches(policy)))
+        return (
+            sum(x.size * (1 if x.dtype == jnp.int4 else 2 * x.dtype.itemsize) for x in leaves) // 2
+        )
+
     def _placed(self, init: Callable, rows: str | None) -> Any:
         if self.mesh is None:
             return init()

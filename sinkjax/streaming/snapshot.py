@@ -324,6 +324,7 @@ def _row_to_json(row: Row) -> dict:
         fed=row.fed,
         drawn=row.drawn,
         ended=row.ended,
+        full=row.full,
         stops=row.stops.state(),
         detokenizer=row.detokenizer.state() if row.detokenizer else None,
     )
@@ -337,6 +338,7 @@ def _row_from_json(values: dict, lm: LanguageModel, stop: tuple[str, ...]) -> Ro
         fed=values["fed"],
         drawn=values["drawn"],
         ended=values["ended"],
+        full=values.get("full", False),  # older snapshots have none
     )
 
 

@@ -23,8 +23,8 @@ class Output:
     Attributes:
         text: printable, complete characters; may be empty.
         tokens: the ids drawn, a stop token included.
-        end: why the row ended: `"stop_token"`, `"stop_string"`, `"max_tokens"`; None: it goes on,
-            or had ended before.
+        end: why the row ended: `"stop_token"`, `"stop_string"`, `"max_tokens"`, `"cache_full"`;
+            None: it goes on, or had ended before.
     """
 
     text: str
@@ -41,6 +41,7 @@ class Row:
     fed: int = 0  # tokens of prompts
     drawn: int = 0
     ended: bool = False
+    full: bool = False  # ended because its cache is full
 
     @property
     def tokens(self) -> int:
@@ -131,7 +132,7 @@ class Stream:
             self.state = self.lm.prefill(self.state, part, lengths)
         for row, tokens in zip(self.rows, ids, strict=True):
             row.fed += len(tokens)
-            row.ended = False
+            row.ended = row.full = False
             if row.detokenizer:
                 # The reply goes on where the prompt's text ends, perhaps inside a character.
                 for token in tokens[-8:]:
@@ -145,14 +146,19 @@ class Stream:
 
         Raises:
             ValueError: max_tokens < 0.
-            CacheFull: a `FullCache` has no place left. All that fitted was given before.
+            CacheFull: a row's `FullCache` has no place left. All that fitted was given before, and
+                other rows have come to their own ends.
         """
         if max_tokens < 0:
             raise ValueError(f"max_tokens must be ≥ 0 (0: for ever), got {max_tokens}")
-        left = max_tokens
-        while not all(row.ended for row in self.rows):
-            wanted = min(self.steps_per_call, left) if max_tokens else self.steps_per_call
-            limit = self._that_fit(wanted)
+        left, last = max_tokens, False
+        while not last and (live := [row for row in self.rows if not row.ended]):
+            limit = min(self.steps_per_call, left) if max_tokens else self.steps_per_call
+            if self.cache.limit is not None:
+                limit = min(limit, self.cache.limit - max(row.tokens for row in live))
+            if limit == 0:
+                yield self._ended_by_cache()
+                continue
             self.state, drawn = self.lm.decode(
                 self.state,
                 np.int32(limit),
@@ -162,19 +168,37 @@ class Stream:
             )
             left -= limit
             last = max_tokens > 0 and left == 0
-            outputs = self._outputs(fetch(drawn), last=last)
-            yield outputs
-            if last:
-                return
+            yield self._outputs(fetch(drawn), last=last)
+        for row in self.rows:
+            if row.full:
+                self.cache.check(row.tokens + 1)
 
     def pieces(self, max_tokens: int = 0) -> Iterator[list[str]]:
         """The texts of `run`."""
         return ([out.text for out in outputs] for outputs in self.run(max_tokens))
 
-    def _that_fit(self, limit: int) -> int:
-        longest = max(row.tokens for row in self.rows if not row.ended)
-        self.cache.check(longest + 1)
-        return limit if self.cache.limit is None else min(limit, self.cache.limit - longest)
+    def _ended_by_cache(self) -> list[Output]:
+        outputs = []
+        for row in self.rows:
+            if row.ended or row.tokens != self.cache.limit:
+                outputs.append(Output("", (), None))
+                continue
+            row.ended = row.full = True
+            outputs.append(Output(self._held_back(row), (), "cache_full"))
+        self._tell_who_ended()
+        return outputs
+
+    def _tell_who_ended(self) -> None:
+        ended = self.lm.put_rows(np.asarray([row.ended for row in self.rows]))
+        self.state = dataclasses.replace(self.state, done=ended)
+
+    def _held_back(self, row: Row) -> str:
+        """The text that waited for the rest of a character or of a stop string."""
+        if row.detokenizer is None:
+            return ""
+        text = row.stops.push(row.detokenizer.flush())[0] + row.stops.flush()
+        row.stops = StopStrings(self.stop)
+        return text
 
     def _outputs(self, drawn: np.ndarray, *, last: bool) -> list[Output]:
         outputs = []
@@ -198,15 +222,14 @@ class Stream:
                 end = "stop_token"
             elif end is None and last:
                 end = "max_tokens"
-            if end and end != "stop_string" and row.detokenizer:
-                text += row.stops.push(row.detokenizer.flush())[0] + row.stops.flush()
+            if end and end != "stop_string":
+                text += self._held_back(row)
             if end:
                 row.ended = end != "max_tokens"  # `run` may be called again
                 row.stops = StopStrings(self.stop)
             outputs.append(Output(text, tokens, end))
-        ended = [row.ended for row in self.rows]
-        if ended != was_ended:
-            self.state = dataclasses.replace(self.state, done=self.lm.put_rows(np.asarray(ended)))
+        if [row.ended for row in self.rows] != was_ended:
+            self._tell_who_ended()
         return outputs
 
     def stats(self) -> dict[str, int]:

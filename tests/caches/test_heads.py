@@ -14,12 +14,15 @@ from sinkjax.caches import (
     FullCache,
     HeadSplit,
     LayerCaches,
+    PerLayer,
     SinkRing,
     parse_policy,
     read_gates,
     retrieval_heads,
+    without_end,
     write_gates,
 )
+from sinkjax.caches.heads import SplitHeads
 from sinkjax.models import Decoder, Rotary
 from sinkjax.models.positions import Alibi
 from tests import oracle
@@ -241,3 +244,37 @@ def test_wrong_patterns(tmp_path):
     write_gates(tmp_path, np.full((2, 2), 0.5))
     with pytest.raises(ValueError, match="holds gates between 0 and 1"):
         HeadSplit(FULL, RING, tmp_path)
+
+
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+@pytest.mark.parametrize("split", [False, True])
+def test_without_an_end_a_cache_is_the_same_until_it_is_full(split, kv_dtype):
+    """And at every token after that a ring of its size."""
+    model, full = tiny_decoder(97), FullCache(24, kv_dtype)
+    policy = HeadSplit(full, RING, [[True, False], [True, True]]) if split else full
+    tokens = jnp.asarray(np.random.default_rng(3).integers(0, 97, (1, 60)))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(policy, tokens):
+        return model(tokens, model.init_caches(policy))[0]
+
+    endless = without_end(policy)
+    assert (policy.limit, endless.limit, endless.capacity) == (24, None, 24)
+    found = run(endless, tokens)
+    # The ring's slots are summed in two parts, sinks and window: some roundings of float32.
+    np.testing.assert_allclose(found[:, :24], run(policy, tokens[:, :24]), atol=1e-5)
+    ring = SinkRing(4, 20, kv_dtype=kv_dtype)
+    expected = HeadSplit(ring, RING, policy.pattern) if split else ring
+    np.testing.assert_array_equal(found, run(expected, tokens))
+
+
+def test_each_layer_goes_on_without_end():
+    layers = PerLayer((RING, FullCache(24), SplitHeads(FULL, RING, PATTERN)))
+    tail = SplitHeads(SinkRing(4, 44), RING, PATTERN)
+    assert without_end(layers) == PerLayer((RING, SinkRing(4, 20), tail))
+
+
+def test_what_has_no_end_stays_as_it_is():
+    assert without_end(RING) is RING
+    with pytest.raises(ValueError, match="4 tokens is too small to go on as a stream with 4 sinks"):
+        without_end(FullCache(4))

@@ -368,6 +368,30 @@ def test_a_full_cache_gives_all_that_fits_and_then_says_so(tiny_lm):
         new(tiny_lm, FullCache(30)).feed([prompt(31)])
 
 
+@pytest.mark.parametrize("steps", [1, 8])
+@pytest.mark.parametrize("most", [0, 24])
+def test_a_row_with_a_full_cache_ends_alone(tiny_lm, steps, most):
+    """The shorter rows of the batch go on to their own ends."""
+    prompts = [prompt(n) for n in (7, 2, 12)]
+    stream = new(tiny_lm, FullCache(30), seeds=[0, 0, 0], steps_per_call=steps)
+    stream.feed(prompts)
+    drawn, ends = [[], [], []], [[], [], []]
+    with pytest.raises(CacheFull, match="would hold 31"):
+        for outputs in stream.run(most):
+            for i, out in enumerate(outputs):
+                drawn[i].extend(out.tokens)
+                ends[i] += [out.end] if out.end else []
+    for tokens, said in zip(prompts, drawn, strict=True):
+        fits = min(most or 30, 30 - len(tokens))
+        assert said == answer(tiny_lm, tokens, fits, cache=FullCache(100))
+    shortest = "max_tokens" if most else "cache_full"
+    assert ends == [["cache_full"], [shortest], ["cache_full"]]
+    assert [row.full for row in stream.rows] == [True, not most, True]
+    with pytest.raises(CacheFull):
+        list(stream.run(3))
+    assert [row.tokens for row in stream.rows] == [30, 29 if most else 30, 30]
+
+
 def test_a_prompt_that_is_refused_changes_nothing(tiny_lm):
     stream = new(tiny_lm, seeds=[0, 0])
     for prompts, message in [
