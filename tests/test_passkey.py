@@ -18,7 +18,8 @@ from sinkjax.analysis import (
     recall_by_reading,
     recall_by_writing,
 )
-from sinkjax.analysis.passkey import WORDS, contains, words_known
+from sinkjax.analysis.haystack import NATO
+from sinkjax.analysis.passkey import contains, words_known
 from tests.conftest import python
 from tests.test_evaluate import png_size, rows_of
 
@@ -61,7 +62,7 @@ def test_a_passkey_lies_where_it_should(keys):
     assert cells == [(n, d, i) for n in (400, 900) for d in (0, 0.3, 1) for i in (0, 1)]
     for prompt in prompts:
         check(prompt, PASSKEY, "\n\nNow say: the {}", keys - 1)
-        assert set(prompt.text.split()) <= set(WORDS) and len(prompt.answer) == 3
+        assert set(prompt.text.split()) <= set(NATO) and len(prompt.answer) == 3
     assert len({p.text for p in prompts}) == len(prompts)
 
 
@@ -89,12 +90,12 @@ def test_a_prompt_depends_on_its_own_cell_alone():
 
 
 def test_an_answer_is_never_in_the_text_by_chance():
-    few = list(" ".join(WORDS[:-1] * 20).encode())
+    few = list(" ".join(NATO[:-1] * 20).encode())
     asked = dict(lengths=[800], depths=[0.5], samples=3, words=1)
     for prompt in passkey_prompts(encode, few, **asked):
         assert prompt.text == " zulu"
     with pytest.raises(ValueError, match="the text has the answers by itself"):
-        passkey_prompts(encode, list(" ".join(WORDS * 20).encode()), **asked)
+        passkey_prompts(encode, list(" ".join(NATO * 20).encode()), **asked)
 
 
 @pytest.mark.parametrize(

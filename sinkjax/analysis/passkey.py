@@ -12,15 +12,12 @@ from typing import Self
 import numpy as np
 from jaxtyping import Float, Int
 
+from sinkjax.analysis.haystack import NATO, hide
 from sinkjax.analysis.streameval import Reader, made_up_name
 from sinkjax.caches import Policy
 from sinkjax.streaming import LanguageModel, Sampling, Stream
 from sinkjax.streaming.step import CHUNK
 
-WORDS = (  # the NATO alphabet
-    "alpha bravo charlie delta echo foxtrot golf hotel india juliet kilo lima mike november oscar "
-    "papa quebec romeo sierra tango uniform victor whiskey xray yankee zulu"
-).split()
 _SPICES = (
     "anise basil caraway cinnamon cloves coriander cumin dill fennel garlic ginger juniper lovage "
     "marjoram mint mustard nutmeg oregano paprika pepper rosemary saffron sage thyme turmeric"
@@ -116,7 +113,7 @@ def passkey_prompts(
             owners.add(made_up_name(rng))
         drawn = []
         for owner in sorted(owners):
-            key = tuple(f" {word}" for word in rng.choice(WORDS, words))
+            key = tuple(f" {word}" for word in rng.choice(NATO, words))
             same = f"passkey of {owner} is"
             drawn.append(_Hidden(f"\n\nRemember: the {same}", f"\n\nNow say: the {same}", key))
         return drawn
@@ -192,37 +189,15 @@ def _prompt(
     """A prompt that hides the first of `drawn` at a depth, the others anywhere; None where its
     answer would be in it more than once."""
     asked = drawn[0]
-    question = list(encode(asked.question))
     answer = tuple(tuple(encode(word)) for word in asked.words)
     hidden = []
     for one in drawn:
         words = [i for word in one.words for i in encode(word)]
         hidden.append([*encode(one.before), *words, *encode(".\n\n")])
-    room = length - len(start) - sum(map(len, hidden)) - len(question)
-    if room < 0:
-        raise ValueError(
-            f"{length} tokens are {-room} too few for what is hidden and the question: "
-            "give a longer length, or fewer words or keys"
-        )
-    if room > len(text):
-        raise ValueError(
-            f"a length of {length} needs a text of {room} tokens, and it has {len(text)}: "
-            "give a longer text"
-        )
-    begin = rng.integers(len(text) - room + 1)
-    stretch = text[begin : begin + room].tolist()
-    places = [round(depth * room), *rng.integers(room + 1, size=len(drawn) - 1).tolist()]
-    ids, done, hidden_at = list(start), 0, 0
-    for which in sorted(range(len(drawn)), key=lambda i: places[i]):
-        ids += stretch[done : places[which]]
-        done = places[which]
-        if which == 0:
-            hidden_at = len(ids)
-        ids += hidden[which]
-    ids += [*stretch[done:], *question]
-    prompt = Prompt(
-        np.asarray(ids, np.int32), answer, asked.answer, hidden_at, length, depth, sample
-    )
+    depths = [depth] + [None] * (len(drawn) - 1)
+    question = encode(asked.question)
+    ids, starts = hide(hidden, depths, text, length=length, rng=rng, start=start, end=question)
+    prompt = Prompt(ids, answer, asked.answer, starts[0], length, depth, sample)
     whole = np.concatenate([prompt.token_ids, prompt.answer_ids])
     windows = np.lib.stride_tricks.sliding_window_view(whole, len(prompt.answer_ids))
     return prompt if (windows == prompt.answer_ids).all(-1).sum() == 2 else None

@@ -9,10 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import Bool, Int32
 
-ALPHABET = (
-    "alfa bravo charlie delta echo foxtrot golf hotel india juliett kilo lima mike november oscar "
-    "papa quebec romeo sierra tango uniform victor whiskey xray yankee zulu"
-).split()
+from sinkjax.analysis.haystack import NATO, hide
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,34 +75,20 @@ class PasskeyRows:
         rng = np.random.default_rng(list(seed))
         keys, asked, is_answer = [], [], []
         for number in range(1, self._task.count + 1):
-            words = rng.choice(ALPHABET, self._task.words)
+            words = rng.choice(NATO, self._task.words)
             value = list(self._encode("".join(f" {word}" for word in words)))
             told = f"\n\nRemember pass key number {number}:"
             keys.append([*self._encode(told), *value, *self._encode(".\n\n")])
             question = self._encode(f"\n\nQuestion: What is pass key number {number}?\nAnswer:")
             asked += [*question, *value]
             is_answer += [False] * (len(question) - 1) + [True] * (len(value) + 1)
-        room = length - len(self._start) - sum(map(len, keys)) - len(asked)
-        if room < 0:
-            raise ValueError(
-                f"{self._task.count} passkeys of {self._task.words} words, and the questions for "
-                f"them, take {length - room} tokens: no room in a context of {length}. Take fewer "
-                "or shorter ones, or longer contexts"
-            )
-        if room > len(self._haystack):
-            raise ValueError(
-                f"a context of {length} tokens needs a haystack of {room}, {self._task.text} has "
-                f"{len(self._haystack)}: take a longer text, or more of its tokens"
-            )
-        first = rng.integers(len(self._haystack) - room + 1)
-        depths = np.sort(rng.integers(room + 1, size=len(keys)))
-        pieces = np.split(self._haystack[first : first + room], depths)
-        ids = [*self._start, *pieces[0]]
-        for key, piece in zip(keys, pieces[1:], strict=True):
-            ids += [*key, *piece]
+        anywhere = [None] * len(keys)
+        ids, _ = hide(
+            keys, anywhere, self._haystack, length=length, rng=rng, start=self._start, end=asked
+        )
         answers = np.zeros(length, bool)
-        answers[len(ids) :] = is_answer
-        return np.asarray([*ids, *asked], np.int32), answers
+        answers[length - len(asked) :] = is_answer
+        return ids, answers
 
     def batch(
         self, rows: int, length: int, seed: Sequence[int]

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from sinkjax.analysis.haystack import NATO
 from sinkjax.training import PasskeyRows, Passkeys
-from sinkjax.training.passkeys import ALPHABET
 
 HAY = np.full(1000, ord("~"), np.int32)
 TASK = Passkeys(count=3, words=4)
@@ -29,7 +29,7 @@ def test_a_row(length):
     assert [name for name, _ in keys] == ["number 1", "number 2", "number 3"]
     for (name, value), question in zip(keys, asked, strict=True):
         assert question == f"What is pass key {name}?\nAnswer: {value}"
-        assert len(value.split()) == 4 and set(value.split()) <= set(ALPHABET)
+        assert len(value.split()) == 4 and set(value.split()) <= set(NATO)
     # From the colon before each value to its last letter.
     assert told(ids[answers]) == "".join(f": {value}" for _, value in keys)
     said = sum(len(f"\n\nRemember pass key {n}: {v}.\n\n") for n, v in keys)
@@ -54,9 +54,11 @@ def test_depths_and_haystacks_vary():
 
 
 def test_wrong_rows():
-    with pytest.raises(ValueError, match="3 passkeys of 4 words, .* no room in a context of 200"):
+    with pytest.raises(ValueError, match="200 tokens are .* too few for what is hidden"):
         rows().row(200, [0])
-    with pytest.raises(ValueError, match="needs a haystack of .* has 1000: take a longer text"):
+    with pytest.raises(
+        ValueError, match="a length of .* needs a text of .* tokens, and it has 1000"
+    ):
         rows().row(3000, [0])
     with pytest.raises(ValueError, match="passkeys need words ≥ 1, got 0"):
         Passkeys(words=0)
