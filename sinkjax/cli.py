@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import NoReturn
 
 import jax
+import numpy as np
 from absl import app, flags
 
 from sinkjax import mesh
-from sinkjax.caches import Policy, parse_policy
+from sinkjax.caches import HeadSplit, Policy, parse_policy
 from sinkjax.checkpoints.builtin import cache_folder
 from sinkjax.streaming import LanguageModel
 
@@ -88,8 +89,9 @@ def define_process_flags() -> None:
     flags.DEFINE_integer("process_id", None, "Of this process: 0, 1, …")
 
 
-def load_model() -> LanguageModel:
-    """The model that the flags name, on the devices that they name."""
+def load_model(cache: Policy | None = None) -> LanguageModel:
+    """The model that the flags name, on the devices that they name; its heads lie as a cache has
+    them."""
     if FLAGS.mesh is None and mesh.several():
         devices = jax.device_count()
         raise ValueError(
@@ -101,6 +103,7 @@ def load_model() -> LanguageModel:
         dtype=FLAGS.dtype,
         attention_backend=FLAGS.attention_backend,
         mesh=None if FLAGS.mesh is None else mesh.make(FLAGS.mesh),
+        heads=np.asarray(cache.pattern) if isinstance(cache, HeadSplit) else None,
     )
 
 

@@ -214,7 +214,7 @@ def start(timer: Timer) -> tuple[Stream, Recorder | None]:
         return resumed
     texts = prompts()
     settings = settings_from_flags(len(texts), policy_from_flags())
-    lm = load_model()
+    lm = load_model(settings.cache)
     stream = settings.new_stream(lm, steps_per_call=FLAGS.steps_per_call)
     recorder = None
     if FLAGS.save:
@@ -257,7 +257,7 @@ def _resumed() -> tuple[Stream, Recorder]:
             f"the stream in {FLAGS.resume} has other settings: {'; '.join(differ)}. "
             "Leave these flags out, or start a new stream"
         )
-    lm = load_model()
+    lm = load_model(saved.cache)
     stream = resume(FLAGS.resume, lm, steps_per_call=FLAGS.steps_per_call)
     if mesh.is_main():
         print(f"resumed after {stream.rows[0].tokens} tokens", file=sys.stderr)
@@ -367,7 +367,9 @@ def main(argv: list[str]) -> None:
     full: CacheFull | None = None
     if FLAGS.chat:
         settings = settings_from_flags(1, policy_from_flags())
-        stream = settings.new_stream(load_model(), steps_per_call=FLAGS.steps_per_call)
+        stream = settings.new_stream(
+            load_model(settings.cache), steps_per_call=FLAGS.steps_per_call
+        )
         printer = Printer(1, FLAGS.json)
         try:
             converse(stream, printer, timer)

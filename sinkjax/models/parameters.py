@@ -70,6 +70,15 @@ def grouped(heads: Sequence[bool], shards: int) -> np.ndarray:
     )
 
 
+def heads_in(order: np.ndarray, name: str, part: Any, kv_heads: int, axis: int) -> Any:
+    """A part of a parameter with its KV heads, and their queries, along an axis in this order."""
+    if name.rpartition(".")[2] not in _BY_HEAD:
+        return part
+    axis %= part.ndim
+    heads = part.reshape(*part.shape[:axis], kv_heads, -1, *part.shape[axis + 1 :])
+    return jnp.take(heads, order, axis=axis).reshape(part.shape)
+
+
 def row_major(sharding: Sharding, axes: int) -> Format:
     """Where an array lies, with its axes in their order. A TPU else takes the order that pads
     least, such as the reverse where a width is no multiple of 128, and then copies the weights back
@@ -160,17 +169,12 @@ class Parameter:
 
     def reordered(self, leaf: Any, order: np.ndarray, config: Config) -> Array:
         """The parameter with its KV heads, and their queries, in this order; in its place."""
-
-        def moved(name: str, x: Array) -> Array:
-            if name.rpartition(".")[2] not in _BY_HEAD:
-                return x
-            axis = self.axes.index("heads")
-            heads = x.reshape(*x.shape[:axis], config.kv_heads, -1, *x.shape[axis + 1 :])
-            return jnp.take(heads, order, axis=axis).reshape(x.shape)
+        axis = self.axes.index("heads")
 
         def f(leaf):
             parts = self.parts_of(leaf)
-            return self.fused({name: moved(name, x) for name, x in parts.items()})
+            moved = {n: heads_in(order, n, x, config.kv_heads, axis) for n, x in parts.items()}
+            return self.fused(moved)
 
         return jax.jit(f, out_shardings=leaf.format, donate_argnums=0)(leaf)
 

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from sinkjax.caches import LayerCaches, Policy, SinkRing
 from sinkjax.mesh import DATA, MODEL, fetch, spec_of
 from sinkjax.models import Config, Decoder
+from sinkjax.models.parameters import heads_in
 from sinkjax.streaming.sampling import Sampling
 from sinkjax.streaming.step import CHUNK, StreamState, decode, prefill, score, specs_of
 from sinkjax.streaming.stream import Stream
@@ -267,20 +268,34 @@ class LanguageModel:
             if (value := getattr(self.config, field.name)) != field.default
         }
         digest = hashlib.sha256(repr(sorted(said.items())).encode())
-        digest.update(repr(self.model.head_order).encode() if self.model.head_order else b"")
         named: dict[str, Array] = {}
-        for (_, parameter), rows in zip(self.model.parameters(), self._first_rows(), strict=True):
-            named |= parameter.parts_of(jnp.asarray(rows))
+        rows = self._first_rows()
+        for (path, parameter), found in zip(self.model.parameters(), rows, strict=True):
+            parts = parameter.parts_of(jnp.asarray(found))
+            if self.model.head_order and parameter.axes[-1] == "heads":
+                order = np.argsort(self.model.head_order[int(str(path[1]))])
+                parts = {
+                    n: heads_in(order, n, x, self.config.kv_heads, -1) for n, x in parts.items()
+                }
+            named |= parts
         for name in sorted(named):
             digest.update(f"{name}{named[name].dtype}".encode())
             digest.update(np.asarray(named[name]).tobytes())
         return digest.hexdigest()
 
     def _first_rows(self) -> list[np.ndarray]:
-        """Two rows of each parameter, all of vectors."""
+        """Two rows of each parameter, all of vectors; of heads, those of the checkpoint's first."""
+        starts = []
+        for path, parameter in self.model.parameters():
+            start = 0
+            if self.model.head_order and parameter.axes[-2:-1] == ("heads",):
+                width = parameter.shape[-2] // self.config.kv_heads
+                start = width * self.model.head_order[int(str(path[1]))].index(0)
+            starts.append(start)
 
         def rows(leaves):
-            return [x if x.ndim < 2 else x[(0,) * (x.ndim - 2)][:2] for x in leaves]
+            pairs = zip(leaves, starts, strict=True)
+            return [x if x.ndim < 2 else x[(0,) * (x.ndim - 2)][at : at + 2] for x, at in pairs]
 
         if self.mesh is None:
             found = rows(self._leaves)

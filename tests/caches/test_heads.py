@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sinkjax import LanguageModel
 from sinkjax.caches import (
     CacheFull,
     FullCache,
@@ -135,7 +136,9 @@ def test_weights_in_the_order_of_a_pattern_compute_the_same(switches):
     rng = np.random.default_rng(0)
     weights = {n: rng.normal(size=x.shape, scale=0.3) for n, x in Decoder.shapes(config).items()}
     plain, other = (Decoder.from_weights(config, weights) for _ in range(2))
+    name = LanguageModel(other).fingerprint()
     grouped = other.grouped(pattern)
+    assert LanguageModel(grouped).fingerprint() == name == LanguageModel(plain).fingerprint()
     assert grouped.head_order == ((0, 3, 1, 2), (1, 3, 0, 2))
     caches = grouped.init_caches(policy)
     assert all(cache.policy.heads == (True, True, False, False) for cache in caches)
