@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol, Self, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32, Num, UInt32
 
@@ -309,12 +310,18 @@ def through_ring(
 ) -> tuple[Float[Array, "B T H D"], Ring]:
     """Attention to [ring | new tokens], and the ring with the new tokens in it.
 
+    A quantised ring holds keys and values whose channels are mixed (see `mixed`), which changes
+    nothing but what rounding costs.
+
     Args:
         q, k, v, q_sinks: rotated.
         write: puts new tokens `[B, Hkv, T, ...]` into a buffer `[B, Hkv, C, ...]`.
     """
+    mix = mixed if ring.k_scale is not None else lambda x: x
+    q, k, v = mix(q), mix(k), mix(v)
+    q_sinks = None if q_sinks is None else mix(q_sinks)
     if q.shape[1] == 1 and lengths is None:
-        return ring_decode(
+        out, ring = ring_decode(
             q,
             k,
             v,
@@ -326,6 +333,7 @@ def through_ring(
             backend=backend,
             **scores._asdict(),
         )
+        return mix(out), ring
     new = stored(k.swapaxes(1, 2), v.swapaxes(1, 2), ring.k.dtype)
     held, seen = floats(ring, k.dtype), floats(new, k.dtype)
     out = sink_attention(
@@ -343,7 +351,27 @@ def through_ring(
     # Later tokens of a chunk take slots that earlier ones still see, so it is written last.
     # Without this, XLA sees no order between reading the ring and writing it, and copies it.
     out, ring = jax.lax.optimization_barrier((out, ring))
-    return out, jax.tree.map(write, ring, new)
+    return mix(out), jax.tree.map(write, ring, new)
+
+
+def mixed(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    """The channels of each head, mixed by an orthonormal Hadamard matrix, which is its own inverse
+    (QuaRot, arXiv 2404.00456): no channel is then far larger than the others, which one scale for
+    all would serve badly. Scores are the same where queries and keys both are mixed."""
+    D = x.shape[-1]
+    n = D & -D  # the largest power of two that divides it: blocks of that size are mixed
+    matrix = np.ones((1, 1), np.float32)
+    while len(matrix) < n:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    blocks = x.reshape(*x.shape[:-1], D // n, n)
+    # Of plus and minus one, which bfloat16 holds exactly.
+    y = jnp.matmul(
+        blocks,
+        matrix.astype(x.dtype),
+        precision="highest",
+        preferred_element_type=jnp.float32,
+    )
+    return (y * n**-0.5).reshape(x.shape).astype(x.dtype)
 
 
 def write_chunk(

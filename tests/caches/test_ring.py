@@ -307,6 +307,30 @@ def test_quantised_caches_give_the_same_in_any_chunks(policy, kv_dtype):
     assert 0 < error(one, exact) <= bound
 
 
+@pytest.mark.parametrize(("kv_dtype", "largest"), [("int8", 127), ("int4", 7)])
+def test_channels_far_larger_than_others_cost_little(kv_dtype, largest):
+    """Against keys and values that are rounded as they are, by one scale a token and head."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, 64, h, 64)) for h in (4, 2, 2))
+    k[..., 3] += 20
+    k[..., 40] *= 10
+    v[..., 7] *= 10
+
+    def rounded(x):
+        scale = np.abs(x).max(axis=-1, keepdims=True) / largest
+        return np.round(x / scale) * scale
+
+    exact, plain = (
+        oracle.attention(
+            q[0], key[0], value[0], sinks=0, window=64, positions="absolute", theta=None
+        )
+        for key, value in ((k, v), (rounded(k), rounded(v)))
+    )
+    cache = SinkRing(0, 64, kv_dtype=kv_dtype).init(batch=1, kv_heads=2, head_dim=64)
+    out, _ = cache.attend(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), None)
+    assert np.abs(out[0] - exact).mean() < np.abs(plain - exact).mean() / 2
+
+
 def test_heads_that_do_not_divide_are_refused():
     cache = SinkRing(4, 8).init(batch=1, kv_heads=2, head_dim=D)
     with pytest.raises(ValueError, match="H a multiple of Hkv"):
