@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from pallas_kernels.flash.rule import Rule
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int32
+    from jaxtyping import Bool, Float, Int32, Num
 
     from pallas_kernels.flash.pairs import Bound
 
@@ -46,14 +46,19 @@ class Inputs(NamedTuple):
 
     Attributes:
         q: rotated queries; H is a multiple of Hkv, consecutive heads share a KV head (GQA).
-        k, v: rotated keys, and values.
+        k, v: rotated keys, and values: floats, or int8 or int4 with scales. Whatever they are,
+            they are multiplied in the dtype of `q`, made into it a block at a time.
         q_sinks: the queries rotated for the sinks; None: `q` serves all keys.
+        k_scale, v_scale: float32, what the integers of each token and head are multiplied with;
+            None: `k` and `v` are floats. With scales there are no gradients.
     """
 
     q: Float[Array, "B H T D"]
-    k: Float[Array, "B Hkv K D"]
-    v: Float[Array, "B Hkv K D"]
+    k: Num[Array, "B Hkv K D"]
+    v: Num[Array, "B Hkv K D"]
     q_sinks: Float[Array, "B H T D"] | None
+    k_scale: Float[Array, "B Hkv K"] | None = None
+    v_scale: Float[Array, "B Hkv K"] | None = None
 
 
 class Places(NamedTuple):

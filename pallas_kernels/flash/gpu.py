@@ -35,8 +35,11 @@ from pallas_kernels.flash.gpu_parts import (
     zeros,
 )
 from pallas_kernels.flash.gpu_tiles import ROWS, Problem, warpgroups_of
+from pallas_kernels.flash.vjp import merged
+from pallas_kernels.ring import Ring, floats
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
+SLAB = 8192  # keys that are made into bfloat16 at a time
 
 
 def refuses(call: Call, x: Inputs) -> str | None:
@@ -44,7 +47,9 @@ def refuses(call: Call, x: Inputs) -> str | None:
     D = x.q.shape[3]
     if D not in HEAD_DIMS:
         return f"head_dim {D}: expected one of {', '.join(map(str, HEAD_DIMS))}"
-    for name, array in x._asdict().items():
+    quantised = x.k_scale is not None
+    checked = dict(q=x.q, q_sinks=x.q_sinks) | ({} if quantised else dict(k=x.k, v=x.v))
+    for name, array in checked.items():
         if array is not None and array.dtype != jnp.bfloat16:
             return f"{name} is {array.dtype}: expected bfloat16 (tf32 would round float32)"
     if call.block_q % ROWS or call.block_k % ROWS:
@@ -67,6 +72,39 @@ def block_sizes(head_dim: int, dtype) -> tuple[int, int]:
 
 def forward(call: Call, x: Inputs, places: Places) -> tuple[Array, Array]:
     """As `reference.forward`."""
+    return (_forward if x.k_scale is None else _in_slabs)(call, x, places)
+
+
+def _in_slabs(call: Call, x: Inputs, places: Places) -> tuple[Array, Array]:
+    """Of integers, which wgmma does not multiply with bfloat16: made into it a slab of keys at a
+    time, so that there is never a copy of all, and only where something is visible."""
+    B, H, T, D = x.q.shape
+    K, block = x.k.shape[2], call.block_k
+    whole = max(SLAB // block, 1) * block
+
+    def add(first, size: int, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+        def cut(a: Array, axis: int = 2) -> Array:
+            return lax.dynamic_slice_in_dim(a, first, size, axis)
+
+        count = -(-size // block)
+        blocks = lax.dynamic_slice_in_dim(places.blocks, lax.div(first, block), count, axis=3)
+
+        def attend() -> tuple[Array, Array]:
+            held = floats(Ring(*map(cut, (x.k, x.v, x.k_scale, x.v_scale))), jnp.bfloat16)
+            here = places._replace(k_ticks=cut(places.k_ticks, 1), blocks=blocks)
+            part = Inputs(x.q, held.k, held.v, x.q_sinks)
+            return _forward(call._replace(most=count, out_dtype=jnp.float32), part, here)
+
+        return merged([sums, lax.cond(jnp.any(blocks), attend, lambda: none)])
+
+    none = jnp.zeros((B, H, T, D)), jnp.full((B, H, T), -jnp.inf)
+    sums = lax.fori_loop(0, K // whole, lambda n, sums: add(n * whole, whole, sums), none)
+    if K % whole:
+        sums = add(jnp.int32(K - K % whole), K % whole, sums)
+    return sums[0].astype(call.out_dtype), sums[1]
+
+
+def _forward(call: Call, x: Inputs, places: Places) -> tuple[Array, Array]:
     T, D = x.q.shape[2:]
     # Registers: a warpgroup's output takes D of a thread's 240, its scores tile_k / 2.
     warpgroups = warpgroups_of(call.block_q)

@@ -69,13 +69,15 @@ class Problem:
     def __init__(self, call: Call, x: Inputs, places: Places, *, tile_q: int, tile_k: int):
         self.call, self.rule, self.interpret = call, call.rule, call.interpret
         self.tile_q, self.tile_k = tile_q, tile_k
+        tiles = dict(q=tile_q, k=tile_k, v=tile_k, q_sinks=tile_q)
+        arrays = {name: getattr(x, name) for name in tiles}
         self.x = x = Inputs(
-            *(
-                None
+            **{
+                name: None
                 if a is None
-                else filled(filled(a, 2, tile), 3, 64 if a.shape[3] <= 64 else 128)
-                for a, tile in zip(x, (tile_q, tile_k, tile_k, tile_q), strict=True)
-            )
+                else filled(filled(a, 2, tiles[name]), 3, 64 if a.shape[3] <= 64 else 128)
+                for name, a in arrays.items()
+            }
         )
         self.B, self.H, self.T, self.head_dim = x.q.shape
         self.Hkv, self.K = x.k.shape[1:3]

@@ -19,8 +19,8 @@ def forward(call: Call, x: Inputs, places: Places) -> tuple[Array, Array]:
     B, H, T, D = x.q.shape
     Hkv, K = x.k.shape[1:3]
     rule = call.rule
-    k = jnp.repeat(x.k, H // Hkv, axis=1)
-    v = jnp.repeat(x.v, H // Hkv, axis=1)
+    k = jnp.repeat(x.k.astype(x.q.dtype), H // Hkv, axis=1)
+    v = jnp.repeat(x.v.astype(x.q.dtype), H // Hkv, axis=1)
     at = (places.q_ticks[:, :, None], places.k_ticks[:, None], places.q_starts[:, :, None])
 
     scores = _dot("bhtd,bhkd->bhtk", x.q, k)
@@ -28,6 +28,8 @@ def forward(call: Call, x: Inputs, places: Places) -> tuple[Array, Array]:
         sink = is_sink(rule, at[1], at[2])[:, None]
         scores = jnp.where(sink, _dot("bhtd,bhkd->bhtk", x.q_sinks, k), scores)
     scores = scores * rule.scale
+    if x.k_scale is not None:
+        scores *= jnp.repeat(x.k_scale, H // Hkv, axis=1)[:, :, None]
     if rule.soft_cap is not None:
         scores = rule.soft_cap * jnp.tanh(scores / rule.soft_cap)
     if places.slopes is not None:
@@ -42,6 +44,8 @@ def forward(call: Call, x: Inputs, places: Places) -> tuple[Array, Array]:
     total = jnp.sum(weights, axis=-1, keepdims=True)
     some = total > 0
     total = jnp.where(some, total, 1.0)
+    if x.v_scale is not None:
+        weights *= jnp.repeat(x.v_scale, H // Hkv, axis=1)[:, :, None]
     out = _dot("bhtk,bhkd->bhtd", weights.astype(v.dtype), v) / total
     lse = jnp.where(some, peak + jnp.log(total), -jnp.inf)[..., 0]
     return out.astype(call.out_dtype), lse

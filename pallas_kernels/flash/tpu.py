@@ -15,6 +15,8 @@ from pallas_kernels.flash import pairs, tpu_backward, tpu_parts
 from pallas_kernels.flash.call import Call, Inputs, Places
 from pallas_kernels.flash.pairs import FAR, FIRST, LAST, NEAR
 from pallas_kernels.flash.tpu_blocks import (
+    LANES,
+    Cut,
     Grid,
     Step,
     bound_of,
@@ -27,6 +29,7 @@ from pallas_kernels.flash.tpu_blocks import (
 
 MOST_SCORES = 512 * 512  # of a block: 1 MiB, and some six of them at a time going backward
 HEAD_DIMS = (64, 80, 96, 128, 256)
+FLOATS = ("bfloat16", "float32")
 ROOM = 512 * 1024  # bytes of VMEM for a block of queries; see `tpu_blocks.cut`
 
 
@@ -41,11 +44,18 @@ def refuses(call: Call, x: Inputs) -> str | None:
     """Why these kernels can't serve a call, or None."""
     B, H, T, D = x.q.shape
     K = x.k.shape[2]
-    kinds = {jnp.dtype(a.dtype).name for a in (x.q, x.k, x.v)}
+    kinds = {jnp.dtype(a.dtype).name for a in (x.k, x.v)}
     if D not in HEAD_DIMS:
         return f"head_dim {D}: expected one of {', '.join(map(str, HEAD_DIMS))}"
-    if len(kinds) > 1 or not kinds <= {"bfloat16", "float32"}:
-        return f"dtypes {', '.join(sorted(kinds))}: expected bfloat16 or float32 for all"
+    if x.q.dtype.name not in FLOATS:
+        return f"queries of {x.q.dtype.name}: expected {' or '.join(FLOATS)}"
+    if len(kinds) > 1 or not kinds <= {*FLOATS, "int8", "int4"}:
+        return (
+            f"keys and values of {', '.join(sorted(kinds))}: expected bfloat16, float32, int8 or "
+            "int4 for both"
+        )
+    if x.k_scale is not None and call.block_k % LANES and call.block_k < K:
+        return f"block_k {call.block_k}: expected a multiple of {LANES} for {x.k.dtype.name}"
     for name, block, length in ("block_q", call.block_q, T), ("block_k", call.block_k, K):
         if block % 16 and block < length:
             return f"{name} {block}: expected a multiple of 16, or at least the length {length}"
@@ -85,6 +95,8 @@ def _forward(call: Call, x: Inputs, places: Places) -> tuple[Array, Array]:
     words = pairs.pair_list(state.reshape(rows * lists, *state.shape[2:]), size)
     grid = Grid(c, lists, rows, size, inner_keys=True)
     where = where_of(c, places)
+    if x.k_scale is not None:
+        x = x._replace(k=_in_place(c, call, x.k), v=_in_place(c, call, x.v))
 
     outputs = (
         jax.ShapeDtypeStruct((c.B, c.H, c.T, c.D), call.out_dtype),
@@ -104,6 +116,13 @@ def _forward(call: Call, x: Inputs, places: Places) -> tuple[Array, Array]:
     )
     out, lse = run(x, where)
     return out, lse.reshape(c.B, c.H, -1)[..., : c.T]
+
+
+def _in_place(c: Cut, call: Call, a: Array) -> Array:
+    """A ring's array as the kernel takes it, without a copy."""
+    a = a.swapaxes(2, 3) if c.turned else a
+    # XLA else moves rings that fit to its own part of VMEM, whole.
+    return a if call.interpret is not None else pltpu.with_memory_space_constraint(a, pltpu.HBM)
 
 
 def _kernel(call, grid, kinds, words, x, where, out, lse, peak, total, sums):
@@ -127,6 +146,8 @@ def _kernel(call, grid, kinds, words, x, where, out, lse, peak, total, sums):
             shrink = jnp.exp(peak[h] - base)
             peak[h] = new
             total[h] = total[h] * shrink + jnp.sum(weights, axis=0, keepdims=True)
+            if x.v_scale is not None:
+                weights *= block.scale(x.v_scale, h)
             sums[h] = sums[h] * shrink + dot_tn(v, weights)
 
     for kind in kinds:

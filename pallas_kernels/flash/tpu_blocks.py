@@ -8,6 +8,7 @@ reductions are adds of whole registers, and the two products of the key gradient
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +32,7 @@ class Cut(NamedTuple):
     Attributes:
         heads, kv_heads: query and KV heads that one program takes; they share its block list.
         front: the first keys of a block, among which its sinks lie.
+        turned: keys and values come as `[B, Hkv, D, K]`.
     """
 
     B: int
@@ -44,6 +46,7 @@ class Cut(NamedTuple):
     heads: int
     kv_heads: int
     front: int
+    turned: bool
 
     @property
     def count_q(self) -> int:
@@ -80,9 +83,12 @@ def cut(call: Call, x: Inputs, places: Places, room: int) -> Cut:
     if lists == 1 and group == H // Hkv:
         # A chip of two cores shares out the programs: there are to be two at least.
         kv_heads = _divisor(Hkv, max(1, min(most // group, Hkv if B > 1 else Hkv // 2)))
-    sinks = -(-call.rule.sinks // 16) * 16
+    tile = {"int8": 32, "int4": 64}.get(x.k.dtype.name, 16)
+    sinks = -(-call.rule.sinks // tile) * tile
     front = min(block_k, sinks) if call.sinks_first else block_k
-    return Cut(B, H, Hkv, T, K, D, block_q, block_k, group * kv_heads, kv_heads, front)
+    # A ring whose heads are no whole lanes lies so (see `ring_decode/tpu.py`).
+    turned = x.k_scale is not None and D % LANES != 0
+    return Cut(B, H, Hkv, T, K, D, block_q, block_k, group * kv_heads, kv_heads, front, turned)
 
 
 def _divisor(n: int, most: int) -> int:
@@ -174,13 +180,23 @@ class Grid(NamedTuple):
         return self._spec((1, c.heads, c.block_q, c.D), lambda b, h, i, j: (b, h, i, 0))
 
     def keys(self) -> pl.BlockSpec:
-        """Of `[B, Hkv, K, D]`."""
+        """Of `[B, Hkv, K, D]`, or turned."""
         c = self.cut
         whole = c.Hkv // c.kv_heads
+        shape = (c.D, c.block_k) if c.turned else (c.block_k, c.D)
         return self._spec(
-            (1, c.kv_heads, c.block_k, c.D),
-            lambda b, h, i, j: (b, _part(h, c.programs, whole), j, 0),
+            (1, c.kv_heads, *shape),
+            lambda b, h, i, j: (
+                b,
+                _part(h, c.programs, whole),
+                *((0, j) if c.turned else (j, 0)),
+            ),
         )
+
+    def key_scales(self) -> pl.BlockSpec:
+        """Of `[B, Hkv, K]`: all heads, since some of them are no whole tile."""
+        c = self.cut
+        return self._spec((1, c.Hkv, c.block_k), lambda b, h, i, j: (b, 0, j))
 
     def key_sums(self) -> pl.BlockSpec:
         """Of `[B, programs · kv_heads, K, D]`."""
@@ -203,7 +219,8 @@ class Grid(NamedTuple):
     def inputs(self, x: Inputs) -> Inputs:
         q: Any = self.queries()
         k: Any = self.keys()
-        return Inputs(q, k, k, None if x.q_sinks is None else q)
+        scale: Any = None if x.k_scale is None else self.key_scales()
+        return Inputs(q, k, k, None if x.q_sinks is None else q, scale, scale)
 
     def call(self, kernel, words: Array, *, interpret: Any, name: str, **more):
         """`pl.pallas_call` over this grid. `more`: in_specs, out_specs, out_shape, scratch_shapes,
@@ -252,6 +269,7 @@ class Step:
     def __init__(self, rule: Rule, c: Cut, kind: int, x: Inputs, where: Where, i, j):
         self.rule, self.cut, self.kind, self.x, self.i, self.j = rule, c, kind, x, i, j
         self.count_k = c.front if kind == FAR else c.block_k
+        self.made: dict[tuple[int, int], Array] = {}
         queries, keys = where.queries[0, 0], where.keys[0, 0]
         self.at = queries[:1], column(keys)[: self.count_k], queries[1:]
         seen = visible(rule, *self.at)
@@ -268,9 +286,42 @@ class Step:
         return _held(ref[0, h], self.i, self.cut.T, self.cut.block_q)
 
     def keys(self, ref, h: int) -> Array:
-        """`[count_k, D]`, zeros beyond the end."""
-        rows = ref[0, h // self.cut.group, : self.count_k]
-        return _held(rows, self.j, self.cut.K, self.cut.block_k)
+        """`[count_k, D]`, zeros beyond the end (or any integers, whose scales are zeros)."""
+        c = self.cut
+        at = h // c.group
+
+        def rows() -> Array:
+            return ref[0, at, : self.count_k]
+
+        def made() -> Array:
+            if c.turned:
+                whole = ref[0, at].astype(jnp.float32).T
+                return whole[: self.count_k].astype(self.x.q.dtype)
+            return rows().astype(self.x.q.dtype)
+
+        if ref.dtype == self.x.q.dtype:
+            return _held(rows(), self.j, c.K, c.block_k)
+        if self.x.k_scale is not None:
+            return self._once(ref, at, made)
+        return self._once(ref, at, lambda: _held(made(), self.j, c.K, c.block_k))
+
+    def scale(self, ref, h: int) -> Array:
+        """`[count_k, 1]`, zeros beyond the end."""
+        c = self.cut
+        at = h // c.group
+
+        def made() -> Array:
+            first = _part(pl.program_id(1), c.programs, c.Hkv // c.kv_heads) * c.kv_heads
+            scale = column(ref[0, pl.ds(first + at, 1)])[: self.count_k]
+            return _held(scale, self.j, c.K, c.block_k)
+
+        return self._once(ref, at, made)
+
+    def _once(self, ref, at: int, make: Callable[[], Array]) -> Array:
+        """For all heads that share a KV head."""
+        if (id(ref), at) not in self.made:
+            self.made[id(ref), at] = make()
+        return self.made[id(ref), at]
 
     def scores(self, h: int, k: Array) -> tuple[Array, Array | None]:
         """`[count_k, block_q]`, −inf where hidden; and their slope over the product before the
@@ -284,6 +335,8 @@ class Step:
             first = jnp.where(self.sink[:front], far, s[:front])
             s = first if front == self.count_k else jnp.concatenate([first, s[front:]], axis=0)
         s = s * rule.scale
+        if x.k_scale is not None:
+            s = s * self.scale(x.k_scale, h)
         slope = None
         if rule.soft_cap is not None:
             bent = jnp.tanh(s * (1 / rule.soft_cap))

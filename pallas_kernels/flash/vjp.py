@@ -16,7 +16,7 @@ from pallas_kernels.flash.call import Call, Inputs, Places
 def attention(backend: str, call: Call, x: Inputs, places: Places) -> tuple[Array, Array]:
     """The output `[B, H, T, D]` and the log-sum-exp `[B, H, T]`, float32, by the named backend.
     Gradients flow to `x`."""
-    if backend == "reference":
+    if backend == "reference" and x.k_scale is None:
         return reference.forward(call, x, places)
     return _attention(backend, call, x, places)
 
@@ -31,6 +31,11 @@ def _attention(backend, call, x, places):
 
 
 def _forward(backend, call, x, places):
+    if x.k_scale is not None:
+        raise ValueError(
+            f"attention has no gradients with a ring of {x.k.dtype.name}: what was rounded to the "
+            "steps of a grid has none. Use a ring of floats."
+        )
     out, lse = _module(backend).forward(call, x, places)
     return (out, lse), (x, places, out, lse)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
 
 from pallas_kernels.flash.call import Call, Inputs, Places
 from pallas_kernels.flash.rule import distance, is_sink, visible
@@ -30,7 +31,10 @@ def forward(call: Call, x: Inputs, places: Places) -> tuple[Array, Array]:
             base = jnp.where(jnp.isfinite(new), new, 0.0)
             weights = jnp.exp(scores - base)
             shrink = jnp.exp(peak - base)
-            out = out * shrink + _dot("bhtk,bhkd->bhtd", weights, block.keys(x.v, j))
+            scaled = weights
+            if x.v_scale is not None:
+                scaled = weights * block.keys(x.v_scale, j)[:, :, None]
+            out = out * shrink + _dot("bhtk,bhkd->bhtd", scaled, block.keys(x.v, j, q.dtype))
             return new, total * shrink + jnp.sum(weights, axis=-1, keepdims=True), out
 
         rows = q.shape[:3]
@@ -81,7 +85,7 @@ def backward(
 
         def key_block(j, carry):
             dq, dq_sinks, dk, dv = carry
-            k, v = block.keys(x.k, j), block.keys(x.v, j)
+            k, v = block.keys(x.k, j, q.dtype), block.keys(x.v, j, q.dtype)
             scores, (sink, slope) = block.scores(i, j, q, q_sinks)
             p = jnp.exp(scores - rows[0])
             ds = p * (_dot("bhtd,bhkd->bhtk", rows[2], v) - rows[1]) * slope * call.rule.scale
@@ -150,8 +154,8 @@ class _Blocks:
         rows = jnp.where(self.own_queries(i)[:, None], rows, old)
         return lax.dynamic_update_slice_in_dim(whole, rows, start, axis=2)
 
-    def keys(self, a: Array, j) -> Array:
-        return lax.dynamic_slice_in_dim(a, self.start_k(j), self.size_k, axis=2)
+    def keys(self, a: Array, j, dtype: DTypeLike = jnp.float32) -> Array:
+        return lax.dynamic_slice_in_dim(a, self.start_k(j), self.size_k, axis=2).astype(dtype)
 
     def add(self, whole: Array, part: Array, j) -> Array:
         part = part + self.keys(whole, j)
@@ -164,7 +168,7 @@ class _Blocks:
         """The scores of a block, −inf where hidden; which are of sinks; and their slope over the
         product before the soft cap (1 without one)."""
         rule = self.call.rule
-        k = self.keys(self.x.k, j)
+        k = self.keys(self.x.k, j, q.dtype)
         q_ticks = lax.dynamic_slice_in_dim(self.places.q_ticks, self.start_q(i), self.size_q, 1)
         starts = lax.dynamic_slice_in_dim(self.places.q_starts, self.start_q(i), self.size_q, 1)
         k_ticks = lax.dynamic_slice_in_dim(self.places.k_ticks, self.start_k(j), self.size_k, 1)
@@ -178,6 +182,8 @@ class _Blocks:
                 lambda: scores,
             )
         scores = scores * rule.scale
+        if self.x.k_scale is not None:
+            scores *= self.keys(self.x.k_scale, j)[:, :, None]
         slope = jnp.ones(())
         if rule.soft_cap is not None:
             bent = jnp.tanh(scores / rule.soft_cap)

@@ -42,7 +42,8 @@ def sink_attention(
     """Softmax attention of a chunk of T tokens a row: query t sees key i where i ≤ t and
     (i < S or t − i < W). The cost grows as T · (S + W).
 
-    Differentiable in `q`, `k`, `v`, `q_sinks`, `sink_logits` and the ring.
+    Differentiable in `q`, `k`, `v`, `q_sinks`, `sink_logits` and the ring; with a quantised ring
+    not at all.
 
     Args:
         q, k, v: of the new tokens, rotated already where the model rotates. H is a multiple of
@@ -51,7 +52,8 @@ def sink_attention(
         window: W ≥ 1; None: plain causal attention.
         q_sinks: the queries rotated for the sinks, where that is another angle (StreamingLLM's
             positions inside the cache, arXiv 2309.17453, section 3.2); None: `q` serves all keys.
-        ring: tokens that came before the chunk; it is read, not written.
+        ring: tokens that came before the chunk; it is read, not written. Of any dtype: blocks of
+            it that something sees are made into the dtype of `q`, one at a time.
         ticks: with a ring: the tokens of each row that came before, folded or not (see
             `Ring`; from S + W on, t may be given as S + W + (t − S) mod W).
         segment_ids: several sequences packed into a row, as runs of equal ids. Each is attended to
@@ -73,7 +75,8 @@ def sink_attention(
         query that sees nothing gets zeros and −inf.
 
     Raises:
-        ValueError: shapes that do not fit, W < 1, S < 0, or a named backend that can't serve.
+        ValueError: shapes that do not fit, W < 1, S < 0, a named backend that can't serve, or
+            gradients asked for with a quantised ring.
     """
     check_heads("sink_attention", q, k, v, q_sinks)
     check_options("sink_attention", q, sinks, window, sink_logits, alibi_slopes)
@@ -91,8 +94,9 @@ def sink_attention(
     q_ticks = row if ticks is None else row + ticks[:, None]
     q_starts = jnp.zeros_like(row) if segment_ids is None else starts_of(segment_ids)
 
-    def part(keys: Array, values: Array, k_ticks: Array, *, own: bool) -> tuple[Array, Array]:
-        x = Inputs(_by_head(q), keys, values, None if q_sinks is None else _by_head(q_sinks))
+    def part(keys: Ring, k_ticks: Array, *, own: bool) -> tuple[Array, Array]:
+        queries = [None if a is None else _by_head(a) for a in (q, q_sinks)]
+        x = Inputs(queries[0], keys.k, keys.v, queries[1], keys.k_scale, keys.v_scale)
         return backends.attention(
             "sink_attention",
             x,
@@ -106,17 +110,13 @@ def sink_attention(
             interpret=interpret,
         )
 
-    parts = [part(_by_head(k), _by_head(v), q_ticks, own=True)]
+    parts = [part(Ring(_by_head(k), _by_head(v)), q_ticks, own=True)]
     if ring is not None:
         check_ring("sink_attention", ring, ticks, B, k.shape[2], D, sinks, window)
         if segment_ids is not None:
             raise ValueError("sink_attention: segment_ids with a ring: a ring holds one sequence")
-        if ring.k_scale is not None:
-            raise ValueError(
-                f"sink_attention reads rings of floats, got {ring.k.dtype}: dequantise it first"
-            )
         held = ring_ticks(ticks, sinks, window)
-        parts.append(part(ring.k.astype(k.dtype), ring.v.astype(v.dtype), held, own=False))
+        parts.append(part(ring, held, own=False))
     if sink_logits is not None:
         logit = jnp.broadcast_to(sink_logits.astype(jnp.float32)[:, None], (B, H, T))
         parts.append((jnp.zeros((B, H, T, D)), logit))

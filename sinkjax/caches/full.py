@@ -19,7 +19,7 @@ from sinkjax.caches.protocol import (
     rotated,
     through_ring,
     within,
-    write_chunk,
+    write_span,
 )
 
 
@@ -117,26 +117,10 @@ class DenseCache:
             sinks=0,
             window=self.policy.capacity,
             lengths=lengths,
-            write=lambda buffer, new: _write_span(buffer, new, ticks, by),
+            write=lambda buffer, new: write_span(buffer, new, ticks, 0, by),
             scores=scores,
             backend=backend,
         )
         out = jnp.where(overfull[:, None, None, None], jnp.nan, out)
         clock = Clock(ticks + by, self.clock.position + by.astype(jnp.uint32))
         return out, dataclasses.replace(self, ring=ring, clock=clock)
-
-
-def _write_span(buffer: Array, new: Array, at: Array, lengths: Array) -> Array:
-    """Puts the first `lengths[b]` of T new tokens into slots `at[b]` and on, touching no others."""
-    T = min(new.shape[2], buffer.shape[2])
-    for row in range(buffer.shape[0]):
-        # The span of T slots that holds them all, even where they are the last of the cache.
-        start = jnp.minimum(at[row], buffer.shape[2] - T)
-        old = jax.lax.dynamic_slice_in_dim(buffer[row : row + 1], start, T, axis=2)
-        source = start + jnp.arange(T) - at[row]
-        lands = (source >= 0) & (source < lengths[row])
-        span = write_chunk(old, new[row : row + 1], source[None], lands[None])
-        buffer = jax.lax.dynamic_update_slice(
-            buffer, span, (row, 0, start) + (0,) * (buffer.ndim - 3)
-        )
-    return buffer

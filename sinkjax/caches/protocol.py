@@ -335,7 +335,7 @@ def through_ring(
         )
         return mix(out), ring
     new = stored(k.swapaxes(1, 2), v.swapaxes(1, 2), ring.k.dtype)
-    held, seen = floats(ring, k.dtype), floats(new, k.dtype)
+    seen = floats(new, k.dtype)
     out = sink_attention(
         q,
         seen.k.swapaxes(1, 2),
@@ -343,7 +343,7 @@ def through_ring(
         sinks=sinks,
         window=window,
         q_sinks=q_sinks,
-        ring=held,
+        ring=ring,
         ticks=ticks,
         backend=backend,
         **scores._asdict(),
@@ -372,6 +372,35 @@ def mixed(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         preferred_element_type=jnp.float32,
     )
     return (y * n**-0.5).reshape(x.shape).astype(x.dtype)
+
+
+def write_span(
+    buffer: Num[Array, "B Hkv C ..."],
+    new: Num[Array, "B Hkv T ..."],
+    at: Int32[Array, " B"],
+    first: Int32[Array, " B"] | int,
+    last: Int32[Array, " B"],
+) -> Num[Array, "B Hkv C ..."]:
+    """Gives slot `at[b] + j` of row b the chunk's token j, for `first[b]` ≤ j < `last[b]`, and
+    touches no other: such slots lie within the buffer."""
+    B, Hkv, C, *rest = buffer.shape
+    T = min(new.shape[2], C)
+    first = jnp.broadcast_to(first, at.shape)
+
+    def with_row(row, buffer):
+        # T slots that hold them all, even where they are the last or the first of the buffer.
+        start = jnp.clip(at[row], 0, C - T)
+        place = (row, 0, start, *(0 for _ in rest))
+        old = jax.lax.dynamic_slice(buffer, place, (1, Hkv, T, *rest))
+        source = start + jnp.arange(T) - at[row]
+        lands = (source >= first[row]) & (source < last[row])
+        # No gather: for the layout that it likes a TPU would copy the whole cache.
+        chunk = jax.lax.dynamic_index_in_dim(new, row)
+        moved = jnp.roll(chunk, at[row] - start, axis=2)[:, :, :T]
+        span = jnp.where(lands.reshape(T, *(1 for _ in rest)), moved, old)
+        return jax.lax.dynamic_update_slice(buffer, span, place)
+
+    return jax.lax.fori_loop(0, B, with_row, buffer, unroll=min(B, 8))
 
 
 def write_chunk(

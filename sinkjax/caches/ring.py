@@ -20,6 +20,7 @@ from sinkjax.caches.protocol import (
     through_ring,
     within,
     write_chunk,
+    write_span,
 )
 
 
@@ -153,6 +154,12 @@ class RingCache:
     def _written(self, buffer: Array, new: Array, lengths: Array) -> Array:
         """A buffer of the ring with the first `lengths` tokens of a chunk in it."""
         S, W = self.policy.sinks, self.policy.window
+        if new.shape[2] < W:
+            ticks = self.clock.ticks
+            at = jnp.where(ticks < S + W, ticks, ticks - W)
+            end = jnp.minimum(lengths, S + W - at)
+            buffer = write_span(buffer, new, at, 0, end)
+            return write_span(buffer, new, at - W, end, lengths)
         ticks = self.clock.ticks[:, None]
         # For each slot, the newest token of the chunk that belongs there.
         last = ticks + lengths[:, None] - 1

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import targets
 from sinkjax.caches import CacheFull, FullCache, SinkRing
 from sinkjax.models import Rotary
 from tests import oracle
@@ -329,6 +330,39 @@ def test_channels_far_larger_than_others_cost_little(kv_dtype, largest):
     cache = SinkRing(0, 64, kv_dtype=kv_dtype).init(batch=1, kv_heads=2, head_dim=64)
     out, _ = cache.attend(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), None)
     assert np.abs(out[0] - exact).mean() < np.abs(plain - exact).mean() / 2
+
+
+@pytest.mark.parametrize("device", ["cpu", "v5e"])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        FullCache(1 << 16, "int8"),
+        FullCache(1 << 16, "bfloat16"),
+        SinkRing(4, (1 << 16) - 4, kv_dtype="int8"),
+    ],
+)
+def test_prefill_makes_no_dense_copy(device, policy):
+    """A chunk over a long cache, in float32: the cache is updated in place, and temporaries are
+    those of the chunk: a copy of the keys alone, not even dequantised, would be half of the cache.
+    """
+    B, T, H, Hkv, head_dim = 1, 64, 4, 2, 64
+    sharding = None if device == "cpu" else targets.sharding(device)
+    backend = "xla" if device == "cpu" else "tpu"
+
+    def shaped(*shape, dtype="float32"):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    cache = jax.eval_shape(lambda: policy.init(batch=B, kv_heads=Hkv, head_dim=head_dim))
+    cache = jax.tree.map(lambda a: shaped(*a.shape, dtype=a.dtype), cache)
+    args = [shaped(B, T, h, head_dim) for h in (H, Hkv, Hkv)] + [shaped(B, dtype="int32")]
+
+    def step(cache, q, k, v, lengths):
+        return cache.attend(q, k, v, Rotary(head_dim), lengths, backend=backend)
+
+    memory = jax.jit(step, donate_argnums=0).lower(cache, *args).compile().memory_analysis()
+    kept = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(cache.ring))
+    assert memory.alias_size_in_bytes >= kept
+    assert memory.temp_size_in_bytes < kept / 8
 
 
 def test_heads_that_do_not_divide_are_refused():

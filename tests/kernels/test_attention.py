@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels.block_sparse import block_sparse_attention
 from pallas_kernels.flash.rule import ring_ticks, slot_of
-from pallas_kernels.ring import Ring, empty_ring, quantised, write
+from pallas_kernels.ring import Ring, empty_ring, quantised, stored, write
 from pallas_kernels.ring_decode import ring_decode
 from pallas_kernels.sink_attention import sink_attention
 
@@ -108,7 +108,7 @@ class Case:
             scale=self.D**-0.5,
         )
 
-    def ring(self, a, folds: int = 0):
+    def ring(self, a, folds: int = 0, dtype="float32"):
         """The ring that holds the tokens before the chunk, and its ticks."""
         if not self.before:
             return None, None
@@ -120,16 +120,15 @@ class Case:
         tick = self.before
         if tick >= S + W:
             tick = S + W + (tick - S) % W if folds else tick
-        return Ring(*map(jnp.asarray, ring)), jnp.asarray([tick], jnp.int32)
+        return stored(*map(jnp.asarray, ring), dtype), jnp.asarray([tick], jnp.int32)
 
-    def run(self, a, backend, **options):
-        ring, ticks = self.ring(a, folds=self.seed % 2)
+    def run(self, a, backend, dtype="float32", **options):
+        ring, ticks = self.ring(a, folds=self.seed % 2, dtype=dtype)
         ids = None
         if self.segments:
             ids = np.repeat(np.arange(len(self.segments)), self.segments)[None]
 
         def call(x):
-            held = None if ring is None else Ring(x["ring_k"], x["ring_v"])
             return sink_attention(
                 x["q"][None],
                 x["k"][None, self.before :],
@@ -137,7 +136,7 @@ class Case:
                 sinks=self.sinks,
                 window=self.window,
                 q_sinks=None if x["q_sinks"] is None else x["q_sinks"][None],
-                ring=held,
+                ring=x["ring"],
                 ticks=ticks,
                 segment_ids=ids,
                 sink_logits=x["sink_logits"],
@@ -150,9 +149,7 @@ class Case:
             )
 
         x = {n: None if b is None else jnp.asarray(b) for n, b in a.items()}
-        if ring is not None:
-            x |= dict(ring_k=ring.k, ring_v=ring.v)
-        return call, x
+        return call, x | dict(ring=ring)
 
 
 @st.composite
@@ -245,8 +242,55 @@ def test_gradients_reach_the_ring_alike(case):
         call, x = case.run(a, backend)
         grads = jax.grad(lambda x, call=call: jnp.sum(jnp.sin(call(x)[0])))(x)
         results.append(grads)
-    for name in ("ring_k", "ring_v", "q"):
-        close(results[1][name], results[0][name])
+    got, expected = ((r["q"], *r["ring"][:2]) for r in (results[1], results[0]))
+    for a, b in zip(got, expected, strict=True):
+        close(a, b)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("backend", PLAIN)
+@settings(max_examples=2, deadline=None, derandomize=True)
+@given(case=cases(max_tokens=20).filter(lambda c: c.before))
+def test_rings_of_any_dtype_are_attended_to_as_they_are(backend, dtype, case):
+    """The definition is given the stored numbers: what is left is the rounding of float32."""
+    a = case.arrays()
+    call, x = case.run(a, backend, dtype)
+    out, lse = call(x)
+    for name in "kv":
+        whole, scale = quantised(jnp.asarray(a[name][: case.before]), dtype)
+        held = np.asarray(whole.astype(jnp.float32), np.float64)
+        held *= 1 if scale is None else np.asarray(scale, np.float64)[..., None]
+        a[name] = np.concatenate([held, a[name][case.before :]])
+    exact_out, exact_lse = case.exact(a)
+    close(out[0], exact_out)
+    close(lse[0], exact_lse)
+
+
+def test_what_nobody_sees_is_not_dequantised():
+    """A scale of NaN spoils every block that is read."""
+    q, k = jnp.ones((1, 4, 2, 8)), jnp.ones((1, 4, 1, 8))
+    ring = stored(jnp.ones((1, 1, 64, 8)), jnp.ones((1, 1, 64, 8)), jnp.int8)
+    poison = jnp.where(jnp.arange(64) < 32, 1.0, jnp.nan)
+    ring = ring._replace(k_scale=ring.k_scale * poison, v_scale=ring.v_scale * poison)
+
+    def call(ticks):
+        return sink_attention(
+            q, k, k, ring=ring, ticks=ticks, window=64, backend="xla", block_sizes=(8, 16)
+        )
+
+    assert np.isfinite(call(jnp.asarray([20]))).all()
+    assert not np.isfinite(call(jnp.asarray([40]))).all()
+
+
+@pytest.mark.parametrize("backend", PLAIN)
+def test_a_quantised_ring_has_no_gradients(backend):
+    ring = empty_ring(1, 2, 8, 8, jnp.int8)
+
+    def loss(q):
+        return attention(q=q, ring=ring, ticks=jnp.zeros(1, int), window=8, backend=backend).sum()
+
+    with pytest.raises(ValueError, match="no gradients with a ring of int8"):
+        jax.grad(loss)(jnp.ones((1, 4, 6, 8)))
 
 
 def test_a_query_that_sees_nothing_gives_zeros_and_passes_nothing_on():
@@ -431,9 +475,11 @@ def decode(T=1, D=8, **options):
         ),
         (
             lambda: attention(
-                ring=empty_ring(1, 2, 8, 8, jnp.int8), ticks=jnp.zeros(1, int), window=8
+                ring=empty_ring(1, 2, 8, 8, jnp.int8)._replace(v_scale=None),
+                ticks=jnp.zeros(1, int),
+                window=8,
             ),
-            "reads rings of floats, got int8",
+            r"a ring of int8 needs v_scale \(1, 2, 8\), got None",
         ),
         (lambda: decode(T=9), "window 8 is shorter than the 9 new tokens"),
         (lambda: decode(ticks=jnp.zeros(2, int)), r"ticks \(2,\) must be \[B\]"),

@@ -17,7 +17,7 @@ from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interp
 from pallas_kernels import targets
 from pallas_kernels.block_sparse import block_sparse_attention
 from pallas_kernels.flash import gpu
-from pallas_kernels.ring import Ring
+from pallas_kernels.ring import Ring, empty_ring, floats, stored
 from pallas_kernels.sink_attention import sink_attention
 
 INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
@@ -190,6 +190,52 @@ def test_block_sparse():
         return jax.grad(loss, has_aux=True)(x)
 
     check(run, x)
+
+
+@pytest.mark.parametrize(
+    ("kept", "heads", "ticks"),
+    [("int8", (2, 1), (0, 100)), ("int4", (2, 2), (250, 777))],
+)
+def test_quantised_rings(monkeypatch, kept, heads, ticks):
+    """In slabs of which the last is shorter."""
+    monkeypatch.setattr(gpu, "SLAB", 128)
+    (H, Hkv), rng, S, W, D = heads, np.random.default_rng(0), 4, 296, 64
+
+    def normal(*shape):
+        return jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
+
+    x = dict(q=normal(2, 60, H, D), k=normal(2, 60, Hkv, D), v=normal(2, 60, Hkv, D))
+    x["q_sinks"] = normal(*x["q"].shape)
+    ring = stored(normal(2, Hkv, S + W, D), normal(2, Hkv, S + W, D), kept)
+    options = dict(sinks=S, window=W, ticks=jnp.asarray(ticks), return_lse=True)
+    exact = jax.tree.map(lambda a: a.astype(jnp.float32), x) | dict(ring=floats(ring, jnp.float32))
+    out, lse = sink_attention(**exact, **options, backend="reference")
+    options |= dict(backend="gpu", block_sizes=(64, 64), interpret=INTERPRET)
+    (got, got_lse), races = interpreted(
+        lambda x, ring: sink_attention(**x, ring=ring, **options), x, ring
+    )
+    assert not races
+    assert_close(got, out)
+    # Keys are rounded to bfloat16 once more: sums of 64 products are off by some 2⁻⁹.
+    np.testing.assert_allclose(got_lse, lse, rtol=0, atol=5e-3)
+
+
+def test_a_long_quantised_ring_has_no_copy_in_floats():
+    sharding = targets.sharding("h200")
+
+    def shaped(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    ring = jax.eval_shape(lambda: empty_ring(1, 2, 1 << 17, 128, "int8"))
+    ring = jax.tree.map(lambda a: shaped(*a.shape, dtype=a.dtype), ring)
+
+    def op(q, k, v, ring, ticks):
+        return sink_attention(q, k, v, window=1 << 17, ring=ring, ticks=ticks, backend="gpu")
+
+    q, k = shaped(1, 500, 8, 128), shaped(1, 500, 2, 128)
+    args = q, k, k, ring, shaped(1, dtype=jnp.int32)
+    memory = jax.jit(op).lower(*args).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 2 * 2 * ring.k.size / 8
 
 
 def test_a_race_is_caught(monkeypatch):

@@ -15,7 +15,7 @@ from pallas_kernels.block_sparse import block_sparse_attention
 from pallas_kernels.flash import pairs, tpu, tpu_blocks
 from pallas_kernels.flash.call import Call, Places
 from pallas_kernels.flash.rule import Rule, block_map, ring_ticks, starts_of, visible
-from pallas_kernels.ring import Ring
+from pallas_kernels.ring import Ring, empty_ring, floats, stored
 from pallas_kernels.sink_attention import sink_attention
 
 INTERPRET = pltpu.InterpretParams(detect_races=True)
@@ -119,6 +119,42 @@ def test_sink_attention(
     got = both_ways(jax.jit(lambda x: sink_attention(**x, **options)), x, seed)
     assert got[0].dtype == x["q"].dtype
     assert_close(got, expected, dtype)
+
+
+@pytest.mark.parametrize(
+    ("kept", "dtype", "heads", "D", "sinks", "window", "ticks"),
+    [
+        ("int8", "float32", (4, 2), 64, 4, 296, (250, 900)),  # slots along the lanes
+        ("int8", "bfloat16", (2, 2), 128, 0, 200, (0, 199)),
+        ("int4", "float32", (3, 1), 128, 4, 196, (0, 777)),
+        ("int4", "float32", (2, 2), 80, 130, 40, (33, 5000)),
+        ("bfloat16", "float32", (2, 1), 64, 4, 200, (130, 300)),
+    ],
+)
+def test_rings_of_other_dtypes(kept, dtype, heads, D, sinks, window, ticks):
+    (H, Hkv), rng, B, T = heads, np.random.default_rng(0), 2, 20
+    x = dict(q=normal(rng, B, T, H, D), k=normal(rng, B, T, Hkv, D), v=normal(rng, B, T, Hkv, D))
+    if sinks:
+        x["q_sinks"] = normal(rng, B, T, H, D)
+    exact, x = as_dtype(x, dtype)
+    shape = (B, Hkv, sinks + window, D)
+    ring = stored(normal(rng, *shape), normal(rng, *shape), kept)
+    options = dict(sinks=sinks, window=window, ticks=jnp.asarray(ticks), return_lse=True)
+    expected = sink_attention(**exact, ring=floats(ring, "float32"), **options, backend="reference")
+    options |= dict(backend="tpu", block_sizes=(16, 128), interpret=INTERPRET)
+    got = jax.jit(lambda x, ring: sink_attention(**x, ring=ring, **options))(x, ring)
+    assert_close(got, expected, dtype)
+
+
+def test_what_nobody_sees_is_not_dequantised():
+    """A scale of NaN spoils every block that is read."""
+    q, ring = jnp.ones((1, 4, 1, 64)), stored(*[jnp.ones((1, 1, 256, 64))] * 2, "int8")
+    poison = jnp.where(jnp.arange(256) < 128, 1.0, jnp.nan)
+    ring = ring._replace(k_scale=ring.k_scale * poison, v_scale=ring.v_scale * poison)
+    options = dict(ring=ring, window=256, backend="tpu", block_sizes=(16, 128), interpret=INTERPRET)
+    for tick, whole in (100, True), (200, False):
+        out = sink_attention(q, q, q, ticks=jnp.asarray([tick]), **options)
+        assert np.isfinite(out).all() == whole
 
 
 @example(T=40, before=5, heads=(2, 1), by="head", rows=2, dtype="float32", soft_cap=None, seed=0)
@@ -283,6 +319,38 @@ def test_compiles(name, D, dtype):
     assert compiled.as_text().count("tpu_custom_call") >= 6
 
 
+@pytest.mark.parametrize(
+    ("name", "D", "kept", "dtype"),
+    [
+        ("v4", 128, "int8", "bfloat16"),
+        ("v5e", 80, "int4", "bfloat16"),
+        ("v5e", 64, "bfloat16", "float32"),
+        ("v6e", 128, "int4", "bfloat16"),
+        ("v5p", 256, "int4", "float32"),
+        ("v6e", 64, "int8", "float32"),
+        ("tpu7x", 96, "int8", "bfloat16"),
+    ],
+)
+def test_rings_of_other_dtypes_compile(name, D, kept, dtype):
+    sharding = targets.sharding(name)
+
+    def array(*shape, dtype=dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    B, T, H, Hkv, S, W = 2, 300, 6, 3, 4, 1021
+    q, k = array(B, T, H, D), array(B, T, Hkv, D)
+    ring = jax.eval_shape(lambda: empty_ring(B, Hkv, S + W, D, kept))
+    ring = jax.tree.map(lambda a: array(*a.shape, dtype=a.dtype), ring)
+
+    def op(q, q_sinks, k, v, ring, ticks):
+        return sink_attention(
+            q, k, v, sinks=S, window=W, q_sinks=q_sinks, ring=ring, ticks=ticks, backend="tpu"
+        )
+
+    compiled = jax.jit(op).lower(q, q, k, k, ring, array(B, dtype="int32")).compile()
+    assert compiled.as_text().count("tpu_custom_call") >= 2
+
+
 def test_refuses():
     def call(D=64, dtype=jnp.float32, **options):
         x = jnp.ones((1, 64, 1, D), dtype)
@@ -294,6 +362,9 @@ def test_refuses():
         call(dtype=jnp.float16)
     with pytest.raises(ValueError, match="block_q 24"):
         call(block_sizes=(24, 64))
+    with pytest.raises(ValueError, match="block_k 64: expected a multiple of 128 for int8"):
+        ring = empty_ring(1, 1, 256, 64, "int8")
+        call(block_sizes=(64, 64), ring=ring, ticks=jnp.zeros(1, "int32"), window=256)
     with pytest.raises(ValueError, match="more than VMEM holds"):
         jax.eval_shape(
             lambda x: sink_attention(x, x, x, backend="tpu", block_sizes=(2048, 2048)),

@@ -56,6 +56,7 @@ rule = dict(sinks=4, window=8)
 calls = [
     (sink_attention, (q, k, v), dict(rule, ring=floats, ticks=ticks, q_sinks=-q, return_lse=True,
                                      alibi_slopes=normal(4), sink_logits=normal(4))),
+    (sink_attention, (q, k, v), dict(rule, ring=ring, ticks=ticks)),
     (sink_attention, (q, k, v), dict(rule, segment_ids=jnp.zeros((2, 9), jnp.int32))),
     (ring_decode, (q[:, :1], k[:, :1], v[:, :1], ring, ticks), rule),
     (block_sparse_attention, (q, k, v, blocks), dict(block_sizes=(4, 4))),
