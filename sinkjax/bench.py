@@ -77,8 +77,10 @@ def load() -> LanguageModel:
     )
     model = Decoder(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(FLAGS.dtype))
     devices = None if FLAGS.mesh is None else make(FLAGS.mesh)
-    if devices is not None:
-        model = Decoder.from_weights(config, model.weights(), model.dtype, devices)
+    if devices is not None or FLAGS.weight_dtype is not None:
+        model = Decoder.from_weights(
+            config, model.weights(), model.dtype, devices, FLAGS.weight_dtype
+        )
     return LanguageModel(
         model, name="random", attention_backend=FLAGS.attention_backend, mesh=devices
     )
@@ -315,6 +317,7 @@ def main(arguments: list[str]) -> None:
             "bench": kind,
             "model": FLAGS.model,
             "dtype": FLAGS.dtype,
+            "weight_dtype": FLAGS.weight_dtype,
             **found,
             "jax": jax.__version__,
             "device": jax.devices()[0].device_kind,

@@ -31,6 +31,9 @@ def define_model_flags() -> None:
         "dtype", "float32", ["float32", "bfloat16"], "Of weights, activations and cache."
     )
     flags.DEFINE_enum(
+        "weight_dtype", None, ["int8"], "Of the matrices of the model; by default, --dtype."
+    )
+    flags.DEFINE_enum(
         "attention_backend",
         None,
         ["reference", "xla", "tpu", "gpu"],
@@ -104,6 +107,7 @@ def load_model(cache: Policy | None = None) -> LanguageModel:
         attention_backend=FLAGS.attention_backend,
         mesh=None if FLAGS.mesh is None else mesh.make(FLAGS.mesh),
         heads=np.asarray(cache.pattern) if isinstance(cache, HeadSplit) else None,
+        weight_dtype=FLAGS.weight_dtype,
     )
 
 

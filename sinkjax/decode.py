@@ -202,7 +202,10 @@ def settings_from_flags(rows: int, cache: Policy) -> Settings:
         seeds=tuple(FLAGS.seed + row for row in range(rows)),
         stop=tuple(FLAGS.stop),
         ignore_eos=FLAGS.ignore_eos,
-        extra={name: FLAGS[name].value for name in ("model", "dtype", "cache", "on_full")},
+        extra={
+            name: FLAGS[name].value
+            for name in ("model", "dtype", "weight_dtype", "cache", "on_full")
+        },
     )
 
 
@@ -233,7 +236,10 @@ def _by_flag(settings: Settings) -> dict[str, Any]:
         "seed": values["seeds"][0],
         "stop": values["stop"],
         "ignore_eos": values["ignore_eos"],
-        **{name: values["extra"].get(name) for name in ("dtype", "cache", "on_full")},
+        **{
+            name: values["extra"].get(name)
+            for name in ("dtype", "weight_dtype", "cache", "on_full")
+        },
     }
 
 
@@ -242,9 +248,9 @@ def _resumed() -> tuple[Stream, Recorder]:
         if FLAGS[name].present:
             raise app.UsageError(f"--resume goes on with a saved stream: leave out --{name}")
     saved = saved_settings(FLAGS.resume)
-    for name in ("model", "dtype"):
+    for name in ("model", "dtype", "weight_dtype"):
         if not FLAGS[name].present:
-            FLAGS[name].value = saved.extra[name]
+            FLAGS[name].value = saved.extra.get(name)
     # The texts of caches are compared: the file of a pattern is not needed any more.
     given = _by_flag(settings_from_flags(len(saved.seeds), saved.cache))
     differ = [

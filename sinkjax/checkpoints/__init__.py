@@ -33,7 +33,13 @@ class Loaded:
     name: str
 
 
-def open_checkpoint(source: str, *, dtype=jnp.float32, mesh: Mesh | None = None) -> Loaded:
+def open_checkpoint(
+    source: str,
+    *,
+    dtype=jnp.float32,
+    mesh: Mesh | None = None,
+    weight_dtype: str | None = None,
+) -> Loaded:
     """Opens a model by name or path.
 
     Args:
@@ -41,6 +47,7 @@ def open_checkpoint(source: str, *, dtype=jnp.float32, mesh: Mesh | None = None)
             (Hugging Face safetensors, or what `sinkjax.convert` wrote), or a hub id `org/name`.
         dtype: that the weights are cast to.
         mesh: the devices to spread them over; None: one.
+        weight_dtype: of the matrices; see `Decoder`.
 
     Raises:
         OSError: a file is missing or unreadable, or a download failed.
@@ -49,7 +56,7 @@ def open_checkpoint(source: str, *, dtype=jnp.float32, mesh: Mesh | None = None)
     with together(f"opening {source}"):
         path, name, load = _found(source)
         try:
-            return Loaded(*load(path, dtype, mesh), name=name)
+            return Loaded(*load(path, dtype, mesh, weight_dtype), name=name)
         except ValueError as error:
             raise ValueError(f"cannot open {source}: {error}") from error
 

@@ -175,7 +175,7 @@ class _Header:
 
 
 def load(
-    path: str | Path, dtype=jnp.float32, mesh: Mesh | None = None
+    path: str | Path, dtype=jnp.float32, mesh: Mesh | None = None, weight_dtype: str | None = None
 ) -> tuple[Config, Decoder, Tokenizer | None]:
     """The model in a GGUF file, and its tokenizer if it has one.
 
@@ -193,4 +193,4 @@ def load(
     if "tokenizer.ggml.model" in file.metadata:
         tokenizer = Tokenizer.from_gguf(file.metadata)
     weights = weights_from_gguf(config, file)
-    return config, Decoder.from_weights(config, weights, dtype, mesh), tokenizer
+    return config, Decoder.from_weights(config, weights, dtype, mesh, weight_dtype), tokenizer

@@ -156,8 +156,14 @@ def save_model(
     Raises:
         FileExistsError: there is something at `path` already.
         OSError: the folder cannot be written.
+        ValueError: the model's weights are kept in 8 bits.
     """
     path = Path(path).absolute()
+    if model.weight_dtype is not None:
+        raise ValueError(
+            f"a model with {model.weight_dtype} weights is not saved: save it as it was loaded "
+            "without weight_dtype, and give weight_dtype when the folder is loaded"
+        )
     check_new(path)
 
     def write(new: Path) -> None:
@@ -179,7 +185,7 @@ def check_new(path: Path) -> None:
 
 
 def load_model(
-    path: str | Path, dtype=jnp.float32, mesh: Mesh | None = None
+    path: str | Path, dtype=jnp.float32, mesh: Mesh | None = None, weight_dtype: str | None = None
 ) -> tuple[Config, Decoder, Tokenizer | None]:
     """The model, and the tokenizer if there is one, that `save_model` wrote.
 
@@ -202,7 +208,7 @@ def load_model(
     tokenizer = None
     if (file := path / "tokenizer.json").is_file():
         tokenizer = Tokenizer.from_file(file)
-    return config, Decoder.from_weights(config, weights, dtype, mesh), tokenizer
+    return config, Decoder.from_weights(config, weights, dtype, mesh, weight_dtype), tokenizer
 
 
 def _named(tree: Any) -> dict[str, Any]:

@@ -36,7 +36,7 @@ _DTYPES: dict[str, Any] = {
 
 
 def load(
-    path: str | Path, dtype=jnp.float32, mesh: Mesh | None = None
+    path: str | Path, dtype=jnp.float32, mesh: Mesh | None = None, weight_dtype: str | None = None
 ) -> tuple[Config, Decoder, Tokenizer | None]:
     """The model in a Hugging Face folder, and its tokenizer if it has one.
 
@@ -50,7 +50,7 @@ def load(
     if (file := folder / "tokenizer.json").is_file():
         tokenizer = Tokenizer.from_file(file)
     weights = weights_from_hf(config, Tensors(_shards(folder)))
-    return config, Decoder.from_weights(config, weights, dtype, mesh), tokenizer
+    return config, Decoder.from_weights(config, weights, dtype, mesh, weight_dtype), tokenizer
 
 
 def read_json(path: Path) -> dict:

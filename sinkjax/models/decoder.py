@@ -23,9 +23,13 @@ from sinkjax.models.layers import (
     ExpertMLP,
     Norm,
     embedded,
+    embedded_int8,
+    keep_8_bits,
     random_param,
+    scale_of,
+    scaled,
 )
-from sinkjax.models.parameters import Parameter, check_shards, grouped
+from sinkjax.models.parameters import Parameter, check_shards, check_weight_dtype, grouped
 
 
 class Block(nnx.Module):
@@ -63,6 +67,8 @@ class Decoder(nnx.Module):
         config: its sizes and switches.
         rngs: for random weights; None: zeros. `Decoder.from_weights` takes those of a checkpoint.
         dtype: of parameters and activations. Norms, softmax and logits are float32 regardless.
+        weight_dtype: of the matrices, if not `dtype`: `"int8"`, with a scale for each output
+            channel. Router, norms and biases stay as they are.
         shards: how many devices it is laid out for. With more than one, it is called inside a
             `jax.shard_map` over the mesh axis `model`, with each device's part of the parameters.
 
@@ -78,9 +84,18 @@ class Decoder(nnx.Module):
     head_order: tuple[tuple[int, ...], ...] | None = None
     remat: bool = False
 
-    def __init__(self, config: Config, *, rngs: nnx.Rngs | None, dtype=jnp.float32, shards=1):
+    def __init__(
+        self,
+        config: Config,
+        *,
+        rngs: nnx.Rngs | None,
+        dtype=jnp.float32,
+        shards=1,
+        weight_dtype: str | None = None,
+    ):
+        check_weight_dtype(weight_dtype)
         self.config, self.shards = config, shards
-        self.dtype = jnp.dtype(dtype)
+        self.dtype, self.weight_dtype = jnp.dtype(dtype), weight_dtype
         V, E = config.vocab_size, config.hidden_size
         self.vocab_axis = "vocab" if V % shards == 0 else None  # else every device has all of it
         axes = (self.vocab_axis, None)
@@ -98,6 +113,11 @@ class Decoder(nnx.Module):
             self.head = random_param(rngs, (V, E), dtype, axes, fan_in=E)
         if config.head_bias:
             self.head_bias = nnx.Param(jnp.zeros(V, jnp.float32), axes=(self.vocab_axis,))
+        if weight_dtype is not None:
+            for block in self.blocks:
+                keep_8_bits(block.attention)
+                keep_8_bits(block.mlp)
+            keep_8_bits(self)
 
     def __call__(
         self,
@@ -125,20 +145,30 @@ class Decoder(nnx.Module):
     def _embedded(self, tokens: Int[Array, "B T"], call: Call) -> Float[Array, "B T E"]:
         c, table = self.config, self.embed[...]
         if call.axis is None or self.vocab_axis is None:
-            x = embedded(table, tokens)
+            x = self._rows(tokens)
         else:  # each device has some rows
             here = tokens - jax.lax.axis_index(call.axis) * table.shape[0]
             mine = (here >= 0) & (here < table.shape[0])
-            x = embedded(table, jnp.where(mine, here, 0))
+            x = self._rows(jnp.where(mine, here, 0))
             x = call.sum(jnp.where(mine[..., None], x, jnp.zeros_like(x)))
         if c.embedding_scale != 1:
             x = x * jnp.asarray(c.embedding_scale, x.dtype)
         return self.embed_norm(x) if c.embedding_norm else x
 
+    def _rows(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
+        table, scale = self.embed[...], scale_of(self, "embed")
+        if scale is None:
+            return embedded(table, tokens)
+        return (embedded_int8(table, tokens) * scale[tokens][..., None]).astype(self.dtype)
+
     def logits(self, hidden: Float[Array, "... E"]) -> Float[Array, "... V"]:
         """Scores of the next token, float32, from final hidden states."""
-        head = self.embed if self.config.tied_embeddings else self.head
-        y = jnp.einsum("...e,ve->...v", hidden, head[...], preferred_element_type=jnp.float32)
+        name = "embed" if self.config.tied_embeddings else "head"
+        head, scale = getattr(self, name)[...], scale_of(self, name)
+        if scale is None:
+            y = jnp.einsum("...e,ve->...v", hidden, head, preferred_element_type=jnp.float32)
+        else:
+            y = scaled(hidden, head, scale, transposed=True)
         if self.config.head_bias:
             y = y + self.head_bias[...]
         if self.shards > 1 and self.vocab_axis is not None:
@@ -248,6 +278,7 @@ class Decoder(nnx.Module):
         weights: Mapping[str, Any],
         dtype=jnp.float32,
         mesh: Mesh | None = None,
+        weight_dtype: str | None = None,
     ) -> "Decoder":
         """A decoder with the weights of a checkpoint.
 
@@ -258,25 +289,32 @@ class Decoder(nnx.Module):
                 asked for one by one, so that they may be read from a file only then.
             dtype: that the weights are cast to.
             mesh: the devices to spread them over; each share goes straight to its device.
+            weight_dtype: see the class. Each matrix is quantised when it is read.
 
         Raises:
             ValueError: weights are missing, surplus, misshapen or not finite: all are listed; or
-                the model does not divide over the mesh.
+                the model does not divide over the mesh, or an unknown weight_dtype.
         """
+        check_weight_dtype(weight_dtype)
         shards = 1 if mesh is None else mesh.shape[MODEL]
         check_shards(config, shards)
-        abstract = nnx.eval_shape(lambda: cls(config, rngs=None, dtype=dtype, shards=shards))
+        abstract = nnx.eval_shape(
+            lambda: cls(config, rngs=None, dtype=dtype, shards=shards, weight_dtype=weight_dtype)
+        )
         layout = dict(abstract.parameters())
-        wanted = {name for parameter in layout.values() for name in parameter.names}
+        scales = {path: (*path[:-1], f"{path[-1]}_scale") for path in layout}
+        made = set(scales.values())
+        wanted = {name for path in layout.keys() - made for name in layout[path].names}
         wrong = [f"missing: {name}" for name in wanted if name not in weights]
         wrong += [f"surplus: {name}" for name in weights if name not in wanted]
         graph, state = nnx.split(abstract)
-        leaves = {}
-        for path, leaf in nnx.to_flat_state(state):
-            if all(name in weights for name in layout[path].names):
-                array, errors = layout[path].placed(weights, mesh)
+        empty, leaves = dict(nnx.to_flat_state(state)), {}
+        for path in layout:
+            if path not in made and all(name in weights for name in layout[path].names):
+                arrays, errors = layout[path].placed(weights, mesh, layout.get(scales[path]))
                 wrong += errors
-                leaves[path] = leaf.replace(array)
+                for name, array in zip((path, scales[path]), arrays, strict=False):
+                    leaves[name] = empty[name].replace(array)
         if wrong:
             listed = "\n  ".join(sorted(wrong))
             raise ValueError(f"these weights do not make a {config.family} decoder:\n  {listed}")

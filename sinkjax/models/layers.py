@@ -14,8 +14,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int32
 
+from pallas_kernels.ring import quantised
 from sinkjax.caches import Cache, Scores
 from sinkjax.models.config import Config
+from sinkjax.models.parameters import SUMMED
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -69,6 +71,49 @@ def random_param(
     return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * fan_in**-0.5, axes=axes)
 
 
+def keep_8_bits(module: nnx.Module) -> None:
+    """Has the matrices of a module, not those of modules within it, in int8 with scales."""
+    for name in SUMMED.keys() & vars(module).keys():
+        param, axis = getattr(module, name), SUMMED[name]
+        values, scale = quantised(jnp.moveaxis(param[...], axis, -1), jnp.int8)
+        axes = list(param.axes)
+        del axes[axis]
+        setattr(module, name, nnx.Param(jnp.moveaxis(values, -1, axis), axes=param.axes))
+        setattr(module, f"{name}_scale", nnx.Param(scale, axes=tuple(axes)))
+
+
+def scale_of(module: nnx.Module, name: str) -> Array | None:
+    """Of a matrix that is kept as int8."""
+    scale = getattr(module, f"{name}_scale", None)
+    return None if scale is None else scale[...]
+
+
+def times(x: Float[Array, "... K"], module: nnx.Module, name: str) -> Float[Array, "... N"]:
+    """A product with one of a module's matrices `[K, N]`."""
+    matrix, scale = getattr(module, name)[...], scale_of(module, name)
+    return x @ matrix if scale is None else scaled(x, matrix, scale).astype(x.dtype)
+
+
+def scaled(
+    x: Float[Array, "... K"],
+    matrix: Int[Array, "..."],
+    scale: Float[Array, " N"],
+    *,
+    transposed: bool = False,
+) -> Float[Array, "... N"]:
+    """A product with a matrix `[K, N]` of int8 (`[N, K]`: transposed), in float32.
+
+    A TPU and a GPU read integers into the product; on a CPU, XLA makes floats of one matrix at a
+    time.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    dims = (((1,), (1 if transposed else 0,)), ((), ()))
+    # A CPU else makes the floats of all matrices before the loop over steps.
+    rows, matrix = jax.lax.optimization_barrier((rows, matrix))
+    y = jax.lax.dot_general(rows, matrix.astype(x.dtype), dims, preferred_element_type=jnp.float32)
+    return (y * scale).reshape(*x.shape[:-1], -1)
+
+
 class Norm(nnx.Module):
     """Over the root mean square, or a LayerNorm; in float32, back in the dtype of the input.
 
@@ -102,6 +147,25 @@ def embedded(table: Float[Array, "V E"], tokens: Int[Array, "B T"]) -> Float[Arr
     return jnp.stack(rows).reshape(*tokens.shape, -1)
 
 
+def embedded_int8(table: Int[Array, "V E"], tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
+    """The rows of a table of int8, float32.
+
+    A tile of a TPU has 32 of them: to take one out, XLA copies the table to another layout.
+    """
+    size = min(32, table.shape[0])
+
+    def row(token: Array) -> Float[Array, " E"]:
+        start = token // size * size
+        if table.shape[0] % size:
+            start = jnp.minimum(start, table.shape[0] - size)
+        tile = jax.lax.dynamic_slice_in_dim(table, start, size).astype(jnp.float32)
+        return jnp.sum(jnp.where((start + jnp.arange(size) == token)[:, None], tile, 0), axis=0)
+
+    flat = tokens.reshape(-1)
+    rows = jnp.stack([row(t) for t in flat]) if flat.size <= 8 else jax.lax.map(row, flat)
+    return rows.reshape(*tokens.shape, -1)
+
+
 class Attention(nnx.Module):
     head_order: tuple[int, ...] | None = None  # of KV heads; None: as in the checkpoint
 
@@ -131,7 +195,7 @@ class Attention(nnx.Module):
         heads, kv_heads = c.heads // call.shards, max(1, c.kv_heads // call.shards)
         # XLA for TPU else folds the split into heads into the product, for which it copies the
         # matrix to another layout at every call.
-        y = jax.lax.optimization_barrier(x @ self.qkv[...])
+        y = jax.lax.optimization_barrier(times(x, self, "qkv"))
         if c.qkv_bias:
             y = y + self.qkv_bias[...]
         if c.qkv_clip is not None:
@@ -158,7 +222,7 @@ class Attention(nnx.Module):
         y, cache = cache.attend(
             q, k, v, c.rotary(self.layer), call.lengths, scores=scores, backend=call.backend
         )
-        y = y.reshape(*x.shape[:2], -1) @ self.out[...]
+        y = times(y.reshape(*x.shape[:2], -1), self, "out")
         return (y + call.once(self.out_bias[...]) if c.out_bias else y), cache
 
 
@@ -198,11 +262,11 @@ class MLP(nnx.Module):
     def __call__(self, x: Float[Array, "B T E"], call: Call) -> Float[Array, "B T E"]:
         """Each device's share of the output."""
         c = self.config
-        y = x @ (self.gate_up if c.gated else self.up)[...]
+        y = times(x, self, "gate_up" if c.gated else "up")
         if c.mlp_bias:
             y = y + (self.gate_up_bias if c.gated else self.up_bias)[...]
         gate, up = jnp.split(y, 2, axis=-1) if c.gated else (None, y)
-        y = unit(c, gate, up) @ self.down[...]
+        y = times(unit(c, gate, up), self, "down")
         return y + call.once(self.down_bias[...]) if c.mlp_bias else y
 
 
@@ -240,18 +304,24 @@ class ExpertMLP(nnx.Module):
         return y.reshape(x.shape)
 
     def _few(self, tokens: Array, which: Int[Array, "N K"], call: Call) -> Float[Array, "N K E"]:
-        def of(param: nnx.Param, expert: Array) -> Array:
-            return jax.lax.dynamic_index_in_dim(param[...], expert, keepdims=False)
+        def of(param: Array, expert: Array) -> Array:
+            return jax.lax.dynamic_index_in_dim(param, expert, keepdims=False)
+
+        def product(x: Array, name: str, expert: Array) -> Array:
+            matrix, scale = of(getattr(self, name)[...], expert), scale_of(self, name)
+            if scale is None:
+                return x @ matrix
+            return scaled(x, matrix, of(scale, expert)).astype(x.dtype)
 
         out = []
         for n in range(which.shape[0]):
             for expert in which[n]:
-                y = tokens[n] @ of(self.gate_up, expert)
+                y = product(tokens[n], "gate_up", expert)
                 if self.config.mlp_bias:
-                    y = y + of(self.gate_up_bias, expert)
-                y = unit(self.config, *jnp.split(y, 2, axis=-1)) @ of(self.down, expert)
+                    y = y + of(self.gate_up_bias[...], expert)
+                y = product(unit(self.config, *jnp.split(y, 2, axis=-1)), "down", expert)
                 if self.config.mlp_bias:
-                    y = y + call.once(of(self.down_bias, expert))
+                    y = y + call.once(of(self.down_bias[...], expert))
                 out.append(y)
         return jnp.stack(out).reshape(*which.shape, -1)
 
@@ -259,11 +329,18 @@ class ExpertMLP(nnx.Module):
         order = jnp.argsort(which.reshape(-1), stable=True)
         expert = which.reshape(-1)[order]
         sizes = jnp.bincount(expert, length=self.gate_up.shape[0]).astype(jnp.int32)
-        y = jax.lax.ragged_dot(tokens[order // which.shape[1]], self.gate_up[...], sizes)
+
+        def product(x: Array, name: str) -> Array:
+            matrix, scale = getattr(self, name)[...], scale_of(self, name)
+            if scale is None:
+                return jax.lax.ragged_dot(x, matrix, sizes)
+            y = jax.lax.ragged_dot(x, matrix, sizes, preferred_element_type=jnp.float32)
+            return (y * scale[expert]).astype(x.dtype)
+
+        y = product(tokens[order // which.shape[1]], "gate_up")
         if self.config.mlp_bias:
             y = y + self.gate_up_bias[...][expert]
-        y = unit(self.config, *jnp.split(y, 2, axis=-1))
-        y = jax.lax.ragged_dot(y, self.down[...], sizes)
+        y = product(unit(self.config, *jnp.split(y, 2, axis=-1)), "down")
         if self.config.mlp_bias:
             y = y + call.once(self.down_bias[...][expert])
         return y[jnp.argsort(order)].reshape(*which.shape, -1)

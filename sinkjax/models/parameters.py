@@ -5,6 +5,10 @@ narrow ones (8% of a step of SmolLM2 on a CPU). Spread over n devices, a fused p
 first n-th of each of its parts, then the second of each, and so on: to cut it into n equal pieces
 gives every device its part of everything. Where there are fewer KV heads than devices, heads are
 repeated, so that each device has the one that its queries need.
+
+Matrices may be kept as int8, with one scale for each output channel in a parameter of its own
+beside them (`qkv` and `qkv_scale`). What is summed over lies within a channel, so that a product is
+scaled afterwards, and so is each device's share of a sum.
 """
 
 import dataclasses
@@ -24,11 +28,17 @@ from sinkjax.models.config import Config
 _FUSED = {
     "qkv": ("q", "k", "v"),
     "qkv_bias": ("q_bias", "k_bias", "v_bias"),
+    "qkv_scale": ("q_scale", "k_scale", "v_scale"),
     "gate_up": ("gate", "up"),
     "gate_up_bias": ("gate_bias", "up_bias"),
+    "gate_up_scale": ("gate_scale", "up_scale"),
 }
+# The matrices that may be kept as int8, and the axis that a product sums over.
+SUMMED = {name: -2 for name in ("qkv", "out", "gate_up", "up", "down")} | {"embed": -1, "head": -1}
+WEIGHT_DTYPES = (None, "int8")
 
-_BY_HEAD = ("q", "k", "v", "q_bias", "k_bias", "v_bias", "out", "sink_logits")
+_BY_HEAD = {f"{part}{kind}" for part in "qkv" for kind in ("", "_bias", "_scale")}
+_BY_HEAD |= {"out", "sink_logits"}
 
 
 def check_shards(config: Config, shards: int) -> None:
@@ -79,6 +89,22 @@ def heads_in(order: np.ndarray, name: str, part: Any, kv_heads: int, axis: int) 
     return jnp.take(heads, order, axis=axis).reshape(part.shape)
 
 
+def check_weight_dtype(weight_dtype: str | None) -> None:
+    """Raises ValueError where matrices can't be kept so."""
+    if weight_dtype not in WEIGHT_DTYPES:
+        raise ValueError(f"weight_dtype must be one of {WEIGHT_DTYPES}, got {weight_dtype!r}")
+
+
+def in_8_bits(x: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
+    """Symmetric int8, and float32 scales over an axis; those of rows that are not finite are not
+    finite."""
+    x = np.asarray(x, np.float32)
+    scale = np.maximum(x.max(axis), -x.min(axis)) / np.float32(127)
+    divisor = np.expand_dims(np.where(scale > 0, scale, 1), axis)
+    with np.errstate(invalid="ignore"):
+        return np.rint(x / divisor).astype(np.int8), scale
+
+
 def row_major(sharding: Sharding, axes: int) -> Format:
     """Where an array lies, with its axes in their order. A TPU else takes the order that pads
     least, such as the reverse where a width is no multiple of 128, and then copies the weights back
@@ -91,6 +117,7 @@ class Parameter:
     """One parameter of a decoder.
 
     Attributes:
+        last: its own name, without those of the modules that it is in.
         names: of the parts that it is made of, as a checkpoint names them.
         shape, dtype: of all of it.
         axes: the name of each axis.
@@ -99,6 +126,7 @@ class Parameter:
         widths: of one device's part of each part, along the last axis.
     """
 
+    last: str
     names: tuple[str, ...]
     shape: tuple[int, ...]
     dtype: Any
@@ -121,7 +149,14 @@ class Parameter:
             pieces[1:] = [min(shards, config.kv_heads)] * 2
             widths = [local - 2 * kv, kv, kv]
         return cls(
-            tuple(names), leaf.shape, leaf.dtype, leaf.axes, tuple(pieces), shards, tuple(widths)
+            last,
+            tuple(names),
+            leaf.shape,
+            leaf.dtype,
+            leaf.axes,
+            tuple(pieces),
+            shards,
+            tuple(widths),
         )
 
     @property
@@ -178,11 +213,17 @@ class Parameter:
 
         return jax.jit(f, out_shardings=leaf.format, donate_argnums=0)(leaf)
 
-    def placed(self, weights: Mapping[str, Any], mesh: Mesh | None) -> tuple[Array, list[str]]:
+    def placed(
+        self, weights: Mapping[str, Any], mesh: Mesh | None, scale: "Parameter | None" = None
+    ) -> tuple[list[Array], list[str]]:
         """The parameter on its devices, and what is wrong with it. Parts are asked for one by
         one, and each device's share is put on it at once.
 
         A device that is not of this process gets nothing from here.
+
+        Args:
+            weights: see `Decoder.from_weights`.
+            scale: that of this matrix, where it is kept as int8: placed too.
         """
         if mesh is None:
             places: dict[Any, int] = {jax.devices()[0]: 0}
@@ -199,19 +240,30 @@ class Parameter:
                 if device.process_index == jax.process_index()
             }
         wrong = []
-        shares: dict[int, list[np.ndarray]] = {shard: [] for shard in places.values()}
+        made = [self] if scale is None else [self, scale]
+        shares: list[dict[int, list[np.ndarray]]]
+        shares = [{shard: [] for shard in places.values()} for _ in made]
         for part, name in enumerate(self.names):
             x = np.asarray(weights[name])
             if x.shape != self.part_shape(part):
                 wrong.append(f"misshapen: {name} is {x.shape}, expected {self.part_shape(part)}")
-            for shard, held in shares.items():
-                # A copy, not a view of the file: the file may change or go.
-                held.append(np.array(self.share(part, x, shard), dtype=self.dtype))
-            if not all(np.isfinite(held[-1]).all() for held in shares.values()):
+                continue
+            kept = [x] if scale is None else in_8_bits(x, SUMMED[self.last])
+            for parameter, held_by, y in zip(made, shares, kept, strict=True):
+                for shard, held in held_by.items():
+                    # A copy, not a view of the file: the file may change or go.
+                    held.append(np.array(parameter.share(part, y, shard), dtype=parameter.dtype))
+            if not all(np.isfinite(held[-1]).all() for held in shares[-1].values()):
                 wrong.append(f"not finite: {name} holds NaN or infinity")
-            del x
+            del x, kept, y
         if wrong:
-            return jnp.zeros(()), wrong
+            return [], wrong
+        return [p._put(held, places, mesh) for p, held in zip(made, shares, strict=True)], []
+
+    def _put(
+        self, shares: dict[int, list[np.ndarray]], places: dict[Any, int], mesh: Mesh | None
+    ) -> Array:
+        """The parameter, from each device's shares of its parts."""
         arrays = []
         for device, shard in places.items():
             held = shares[shard]
@@ -219,6 +271,6 @@ class Parameter:
             where = row_major(SingleDeviceSharding(device), whole.ndim)
             arrays.append(jax.device_put(whole, where))
         if mesh is None:
-            return arrays[0], []
+            return arrays[0]
         sharding = NamedSharding(mesh, spec_of(self.axes))
-        return jax.make_array_from_single_device_arrays(self.shape, sharding, arrays), []
+        return jax.make_array_from_single_device_arrays(self.shape, sharding, arrays)

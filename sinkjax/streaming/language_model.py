@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from sinkjax.caches import LayerCaches, Policy, SinkRing
 from sinkjax.mesh import DATA, MODEL, fetch, spec_of
 from sinkjax.models import Config, Decoder
-from sinkjax.models.parameters import heads_in
+from sinkjax.models.parameters import check_weight_dtype, heads_in
 from sinkjax.streaming.sampling import Sampling
 from sinkjax.streaming.step import CHUNK, StreamState, decode, prefill, score, specs_of
 from sinkjax.streaming.stream import Stream
@@ -74,6 +74,7 @@ class LanguageModel:
         attention_backend: str | None = None,
         mesh: Mesh | None = None,
         heads: Bool[np.ndarray, "layers kv_heads"] | None = None,
+        weight_dtype: str | None = None,
     ) -> "LanguageModel":
         """Loads a model.
 
@@ -85,15 +86,20 @@ class LanguageModel:
             mesh: the devices to spread the model and its streams over (`sinkjax.mesh.make`).
             heads: the pattern of the `HeadSplit` that will be used: weights are then rearranged so
                 that a step need rearrange nothing, and each device has as many heads of each kind.
+            weight_dtype: of the matrices, if not `dtype`: `int8`, with a scale for each output
+                channel. They are quantised while they are read.
 
         Raises:
             ValueError: the source is unknown, damaged, or of an architecture that is not supported,
-                or does not divide over the mesh.
+                or does not divide over the mesh; or an unknown weight_dtype.
         """
         # Orbax and its like take seconds to import; who brings their own weights needs none of it.
         from sinkjax.checkpoints import open_checkpoint
 
-        loaded = open_checkpoint(os.fspath(source), dtype=dtype, mesh=mesh)
+        check_weight_dtype(weight_dtype)  # before anything is fetched
+        loaded = open_checkpoint(
+            os.fspath(source), dtype=dtype, mesh=mesh, weight_dtype=weight_dtype
+        )
         return cls(
             loaded.model if heads is None else loaded.model.grouped(heads),
             loaded.tokenizer,
