@@ -8,6 +8,7 @@ retrieval heads in every layer.
 
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -56,9 +57,10 @@ def policy_of(model: str, tokens: int, kind: str, kv_dtype: str | None = None) -
 
 
 class Step(NamedTuple):
-    """What is compiled: the decode step of a model, or the prefill of a chunk, one row.
+    """What is compiled: the decode step of a model, or the prefill of a chunk of one row.
 
     Attributes:
+        rows: of a batch.
         layers: the first so many of the model; None: all.
         weight_dtype: None: bfloat16.
     """
@@ -69,6 +71,7 @@ class Step(NamedTuple):
     weight_dtype: str | None = None
     layers: int | None = None
     prefill: bool = False
+    rows: int = 1
 
     def lm(self) -> LanguageModel:
         config = PRESETS[self.model]
@@ -82,7 +85,7 @@ class Step(NamedTuple):
         policy = self.policy
         if self.layers and isinstance(policy, HeadSplit):
             policy = dataclasses.replace(policy, pattern=policy.pattern[: self.layers])
-        return jax.eval_shape(lambda: lm.init_state(policy))
+        return jax.eval_shape(lambda: lm.init_state(policy, seeds=range(self.rows)))
 
     def compiled(self, *, bytes_alone: bool) -> jax.stages.Compiled:
         """Compiled to run, or to count the bytes that it moves (see `OPTIONS`)."""
@@ -126,26 +129,32 @@ def ratio(full: float, duo: float) -> str:
 
 def memory() -> Iterator[list[str]]:
     """At 131,072 tokens, on a chip that full attention fits in too."""
-    yield ["model", "heads that remember", "", "full", "DuoAttention", "full / DuoAttention"]
-    for model, share in RETRIEVAL.items():
+    yield ["model", "retrieval heads", "rows", "", "full", "DuoAttention", "full / DuoAttention"]
+    for model, rows in (("llama-2-7b", 1), ("llama-3-8b", 1), ("llama-3-8b", 4)):
         kv, needed = [], []
         for kind in ("full", "duo"):
-            step = Step("v5p", model, policy_of(model, 131_072, kind))
+            step = Step("v5p", model, policy_of(model, 131_072, kind), rows=rows)
             kv.append(bytes_of(step.state(step.lm()).caches))
             needed.append(total(step.compiled(bytes_alone=False)))
         for name, (full, duo) in (("cache (pytree)", kv), ("decode step (compiler)", needed)):
             sizes = [f"{size / GIB:.2f} GiB" for size in (full, duo)]
-            yield [model, f"{share:.0%}", name, *sizes, ratio(full, duo)]
+            start = [model, f"{RETRIEVAL[model]:.0%}", str(rows), name]
+            yield [*start, *sizes, ratio(full, duo)]
 
 
 def context() -> Iterator[list[str]]:
-    """The longest that fits, with int4 KV and 8-bit weights."""
-    yield ["chip", "memory", "tokens", "decode step", "a chunk of 512 besides"]
+    """The longest that fits, of whole 8,192s, with int4 KV and 8-bit weights."""
+    yield ["chip", "memory", "tokens", "decode step", "prefill of 512 tokens"]
     model, multiple = "llama-3-8b", 8192
     for target, limit in LIMITS.items():
 
         def step(tokens: int, target: str = target, **how: Any) -> Step:
             return Step(target, model, policy_of(model, tokens, "duo", "int4"), "int8", **how)
+
+        def arguments(tokens: int) -> int:
+            one = step(tokens)
+            lm = one.lm()
+            return bytes_of((lm._leaves, one.state(lm)))
 
         def besides(step: Step) -> int:
             """What the compiler adds to a step's arguments, of so few layers that it is quick."""
@@ -155,23 +164,23 @@ def context() -> Iterator[list[str]]:
             # Prefill needs no logits, and so does not count the head.
             return total(compiled) - min(known, compiled.memory_analysis().argument_size_in_bytes)
 
-        def arguments(tokens: int) -> int:
-            one = step(tokens)
-            lm = one.lm()
-            return bytes_of((lm._leaves, one.state(lm)))
+        def needed(tokens: int) -> float:
+            try:
+                return total(step(tokens).compiled(bytes_alone=False))
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                return math.inf
 
         base = arguments(multiple)
         slope = arguments(2 * multiple) - base
-        first = int(1 + (limit - base) / slope) * multiple
-        room = limit - base - besides(step(first))
-        tokens = int(1 + room / slope) * multiple
-        size = total(step(tokens).compiled(bytes_alone=False))  # all layers: refused if too large
-        assert limit - slope < size <= limit, (tokens, size, limit)
-        chunk = arguments(tokens) + besides(step(tokens, prefill=True))
-        yield [
-            *(target, f"{limit / GIB:.2f} GiB", f"{tokens:,}", f"{size / GIB:.2f} GiB"),
-            f"{chunk / GIB:.2f} GiB" if chunk <= limit else f"**no: {chunk / GIB:.2f} GiB**",
-        ]
+        most = int(1 + (limit - base) / slope) * multiple
+        more = [besides(step(most, prefill=prefill)) for prefill in (False, True)]
+        tokens = int(1 + (limit - base - max(more)) / slope) * multiple
+        while (size := needed(tokens)) > limit:  # all layers
+            tokens -= multiple
+        sizes = [f"{x / GIB:.2f} GiB" for x in (limit, size, arguments(tokens) + more[1])]
+        yield [target, sizes[0], f"{tokens:,}", *sizes[1:]]
 
 
 def speed() -> Iterator[list[str]]:

@@ -98,7 +98,9 @@ def _in_slabs(call: Call, x: Inputs, places: Places) -> tuple[Array, Array]:
         return merged([sums, lax.cond(jnp.any(blocks), attend, lambda: none)])
 
     none = jnp.zeros((B, H, T, D)), jnp.full((B, H, T), -jnp.inf)
-    sums = lax.fori_loop(0, K // whole, lambda n, sums: add(n * whole, whole, sums), none)
+    sums = none
+    if K >= whole:
+        sums = lax.fori_loop(0, K // whole, lambda n, sums: add(n * whole, whole, sums), sums)
     if K % whole:
         sums = add(jnp.int32(K - K % whole), K % whole, sums)
     return sums[0].astype(call.out_dtype), sums[1]

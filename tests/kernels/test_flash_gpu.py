@@ -193,12 +193,12 @@ def test_block_sparse():
 
 
 @pytest.mark.parametrize(
-    ("kept", "heads", "ticks"),
-    [("int8", (2, 1), (0, 100)), ("int4", (2, 2), (250, 777))],
+    ("kept", "heads", "ticks", "slab"),
+    [("int8", (2, 1), (0, 100), 128), ("int4", (2, 2), (250, 777), 1024)],
 )
-def test_quantised_rings(monkeypatch, kept, heads, ticks):
-    """In slabs of which the last is shorter."""
-    monkeypatch.setattr(gpu, "SLAB", 128)
+def test_quantised_rings(monkeypatch, kept, heads, ticks, slab):
+    """In slabs of which the last is shorter; all of it shorter than a slab."""
+    monkeypatch.setattr(gpu, "SLAB", slab)
     (H, Hkv), rng, S, W, D = heads, np.random.default_rng(0), 4, 296, 64
 
     def normal(*shape):
