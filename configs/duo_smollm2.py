@@ -1,4 +1,4 @@
-"""SmolLM2-135M on two CPU cores, in some twenty minutes: short contexts, few steps."""
+"""SmolLM2-135M on two CPU cores, in half an hour: short contexts, few steps."""
 
 from sinkjax.training import GateTraining, Passkeys
 
