@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sinkjax import LanguageModel
+from sinkjax import LanguageModel, nll
 from sinkjax.caches import (
     CacheFull,
     FullCache,
@@ -24,10 +24,11 @@ from sinkjax.caches import (
     write_gates,
 )
 from sinkjax.caches.heads import SplitHeads
-from sinkjax.models import Decoder, Rotary
+from sinkjax.models import Config, Decoder, Rotary
 from sinkjax.models.positions import Alibi
 from tests import oracle
 from tests.conftest import tiny_decoder
+from tests.processes import run_processes
 
 FULL, RING = FullCache(48), SinkRing(2, 9, positions="absolute")
 T, H, HKV, D = 48, 8, 4, 16
@@ -153,6 +154,52 @@ def test_weights_in_the_order_of_a_pattern_compute_the_same(switches):
     wanted = run(plain, tokens, plain.init_caches(policy))
     for x, y in zip(found, wanted, strict=True):
         np.testing.assert_allclose(x, y, atol=1e-5)  # sums over heads in another order
+
+
+def four_heads() -> tuple[Config, dict[str, np.ndarray], HeadSplit]:
+    """A model of 4 KV heads, and a policy that has two heads of each kind in its first layer."""
+    config = dataclasses.replace(tiny_decoder(97).config, heads=8, kv_heads=4)
+    rng = np.random.default_rng(0)
+    weights = {n: rng.normal(size=x.shape, scale=0.3) for n, x in Decoder.shapes(config).items()}
+    pattern = np.array([[True, False, False, True], [True] * 4])
+    return config, weights, HeadSplit(FULL, SinkRing(2, 9, "absolute"), pattern)
+
+
+ON_TWO = """
+import json
+jax.config.update("jax_disable_most_optimizations", True)
+import sinkjax as sj
+from tests.caches.test_heads import *
+
+config, weights, policy = four_heads()
+two = sj.make_mesh("model=2")
+model = Decoder.from_weights(config, weights, mesh=two)
+try:
+    sj.nll(LanguageModel(model, mesh=two), range(40), cache=policy)
+except ValueError as error:
+    print(">", error)
+try:
+    model.grouped(np.array([[True, False, False, False]] * 2))
+except ValueError as error:
+    print(">", error)
+lm = LanguageModel(model.grouped(np.asarray(policy.pattern)), mesh=two)
+found = sj.nll(lm, range(40), cache=policy, chunk=16)
+print(">", json.dumps([found.tolist(), lm.fingerprint()]))
+"""
+
+
+def test_on_a_mesh_each_device_has_as_many_heads_of_each_kind():
+    config, weights, policy = four_heads()
+    lm = LanguageModel(Decoder.from_weights(config, weights))
+    expected = nll(lm, range(40), cache=policy, chunk=16)
+    (ended,) = run_processes(ON_TWO, processes=1, devices=2, timeout=240)
+    assert ended.code == 0, ended.err
+    unlike, odd, result = ended.out.split("> ")[1:]
+    assert "layer 0 do not lie alike on 2 devices: load the model with heads=pattern" in unlike
+    assert "1 retrieval and 3 streaming heads of a layer do not divide over 2 devices" in odd
+    found, fingerprint = json.loads(result)
+    np.testing.assert_allclose(found, expected, atol=1e-5)  # sums over devices in another order
+    assert fingerprint == lm.fingerprint()
 
 
 def test_memory():
