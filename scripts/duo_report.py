@@ -1,6 +1,6 @@
 """What DuoAttention saves: memory and bytes moved of whole steps, for chips that are not here.
 
-    python scripts/duo_report.py [--tables memory,context,speed] [--out tables.md]
+    python scripts/duo_report.py [--tables memory,context,speed,training] [--out tables.md]
 
 Needs no accelerator and no weights, as `aot_report.py`. The pattern has the same number of
 retrieval heads in every layer.
@@ -17,6 +17,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # read when jax is imported
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import app, flags
 from aot_report import at, backend, weights_at
 from flax import nnx
@@ -26,6 +27,8 @@ from sinkjax.caches import FullCache, HeadSplit, Policy, SinkRing
 from sinkjax.models import Decoder
 from sinkjax.models.families import PRESETS
 from sinkjax.streaming import LanguageModel, Sampling
+from sinkjax.train import read_config
+from sinkjax.training import GateTrainer, PasskeyRows
 
 FLAGS = flags.FLAGS
 # As in `aot_report.py`: no room to fetch a weight ahead, not even one of int8.
@@ -34,7 +37,6 @@ CHUNK = 512
 SINKS, WINDOW = 64, 256
 # Of the heads, as in the paper: MHA keeps a quarter, GQA a half.
 RETRIEVAL = {"llama-2-7b": 0.25, "llama-3-8b": 0.5}
-TABLES = ("memory", "context", "speed")
 # The largest program: what the compiler grants one chip; of a GPU, all that it has.
 LIMITS = {"v5e": MEMORY["v5e-4"] * GIB, "v6e": MEMORY["v6e-4"] * GIB, "h200": 141e9}
 
@@ -209,12 +211,37 @@ def speed() -> Iterator[list[str]]:
                 ]
 
 
+def training() -> Iterator[list[str]]:
+    """The longest step of a training of gates, of all layers, from those of one and two."""
+    settings = read_config("configs/duo_llama3_8b.py")
+    T, target, model = max(settings.lengths), "v5p", "llama-3-8b"
+
+    def sizes(layers: int) -> np.ndarray:
+        lm = Step(target, model, FullCache(1), layers=layers).lm()
+        rows = PasskeyRows(settings.task, np.zeros(1, np.int32), list)
+        gradient = GateTrainer(lm, settings, rows).gradient
+        shapes = [((layers, lm.config.kv_heads), jnp.float32), ((1, T), jnp.int32), ((1, T), bool)]
+        args = at(target, [jax.ShapeDtypeStruct(*shape) for shape in shapes])
+        compiled = gradient.lower(*args).compile()
+        memory = compiled.memory_analysis()
+        return np.asarray([memory.argument_size_in_bytes, memory.temp_size_in_bytes])
+
+    one, two = sizes(1), sizes(2)
+    arguments, temporary = (one + (two - one) * (PRESETS[model].layers - 1)) / GIB
+    yield ["chip", "model", "tokens", "weights", "temporary", "in all"]
+    total = f"{arguments + temporary:.1f} GiB of {MEMORY['v5p-8']:.1f}"
+    yield [target, model, f"{T:,}", f"{arguments:.1f} GiB", f"{temporary:.1f} GiB", total]
+
+
+TABLES = {"memory": memory, "context": context, "speed": speed, "training": training}
+
+
 def main(argv: list[str]) -> None:
     if len(argv) != 1:
         raise app.UsageError(f"no arguments but flags are expected, got {argv[1:]}")
     out = []
     for name in FLAGS.tables:
-        for i, row in enumerate({"memory": memory, "context": context, "speed": speed}[name]()):
+        for i, row in enumerate(TABLES[name]()):
             lines = [f"| {' | '.join(row)} |"]
             if not i:
                 lines.append(f"|{' --- |' * len(row)}")
