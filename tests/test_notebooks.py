@@ -21,6 +21,7 @@ SMALL = {
     "SINKJAX_WORDS": "3",
     "SINKJAX_PROMPT": "256",
     "SINKJAX_SAMPLES": "1",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # half the time to compile
     "JUPYTER_PLATFORM_DIRS": "1",
 }
 

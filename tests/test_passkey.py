@@ -180,7 +180,7 @@ def test_reading_a_full_cache_is_one_dense_pass(byte_lm):
     for prompt in prompts:
         ids = np.zeros((1, 207), np.int32)
         ids[0, : prompt.length + 6] = *prompt.token_ids, *prompt.answer_ids
-        said = np.argmax(logits(ids), -1)[prompt.length - 1 :][:6]
+        said = np.asarray(logits(ids)).argmax(-1)[prompt.length - 1 :][:6]
         expected.append(np.mean((said == prompt.answer_ids).reshape(3, 2).all(-1)))
     assert {0, 1} & set(expected) and len(set(expected)) > 1
     for policy, chunk in ((FullCache(206), 32), (SinkRing(2, 300), 7)):

@@ -364,7 +364,12 @@ def test_refuses():
         call(block_sizes=(24, 64))
     with pytest.raises(ValueError, match="block_k 64: expected a multiple of 128 for int8"):
         ring = empty_ring(1, 1, 256, 64, "int8")
-        call(block_sizes=(64, 64), ring=ring, ticks=jnp.zeros(1, "int32"), window=256)
+        options = dict(backend="tpu", block_sizes=(64, 64), window=256)
+        jax.eval_shape(
+            lambda x, ticks: sink_attention(x, x, x, ring=ring, ticks=ticks, **options),
+            jnp.ones((1, 64, 1, 64)),
+            jnp.zeros(1, "int32"),
+        )
     with pytest.raises(ValueError, match="more than VMEM holds"):
         jax.eval_shape(
             lambda x: sink_attention(x, x, x, backend="tpu", block_sizes=(2048, 2048)),
