@@ -21,7 +21,7 @@ import numpy as np
 from absl import app, flags
 from aot_report import at, backend, weights_at
 from flax import nnx
-from scale_report import GIB, MEMORY, with_layers
+from scale_report import GIB, MEMORY, total, with_layers
 
 from sinkjax.caches import FullCache, HeadSplit, Policy, SinkRing
 from sinkjax.models import Decoder
@@ -111,18 +111,6 @@ def bytes_of(tree: Any) -> int:
         return 4 if dtype == jnp.int4 else 8 * dtype.itemsize
 
     return sum(x.size * bits(x.dtype) // 8 for x in jax.tree.leaves(tree))
-
-
-def total(compiled: jax.stages.Compiled) -> int:
-    """What a program holds on the device while it runs."""
-    m = compiled.memory_analysis()
-    return (
-        m.argument_size_in_bytes
-        + m.output_size_in_bytes
-        - m.alias_size_in_bytes
-        + m.temp_size_in_bytes
-        + m.generated_code_size_in_bytes
-    )
 
 
 def ratio(full: float, duo: float) -> str:
@@ -229,8 +217,8 @@ def training() -> Iterator[list[str]]:
     one, two = sizes(1), sizes(2)
     arguments, temporary = (one + (two - one) * (PRESETS[model].layers - 1)) / GIB
     yield ["chip", "model", "tokens", "weights", "temporary", "in all"]
-    total = f"{arguments + temporary:.1f} GiB of {MEMORY['v5p-8']:.1f}"
-    yield [target, model, f"{T:,}", f"{arguments:.1f} GiB", f"{temporary:.1f} GiB", total]
+    whole = f"{arguments + temporary:.1f} GiB of {MEMORY['v5p-8']:.1f}"
+    yield [target, model, f"{T:,}", f"{arguments:.1f} GiB", f"{temporary:.1f} GiB", whole]
 
 
 TABLES = {"memory": memory, "context": context, "speed": speed, "training": training}

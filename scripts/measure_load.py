@@ -1,6 +1,6 @@
 """Measures what it takes of host memory to load a model onto a mesh.
 
-    python scripts/measure_load.py --folder /tmp/llama-3-8b
+    python scripts/measure_load.py --folder llama-3-8b
 
 makes random safetensors of the shape of Llama-3-8B in the folder (bfloat16, 16 GB; once), and loads
 them with `sinkjax.load(folder, dtype="bfloat16", mesh=...)` in as many processes as there are

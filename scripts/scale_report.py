@@ -180,22 +180,27 @@ class Account(NamedTuple):
     collectives: collections.Counter[tuple[str, str, int]]
 
 
-def account(lowered: jax.stages.Lowered) -> Account:
-    begin = time.perf_counter()
-    compiled = lowered.compile()
+def total(compiled: jax.stages.Compiled) -> int:
+    """What a program holds on a device while it runs."""
     m = compiled.memory_analysis()
-    total = (
+    return (
         m.argument_size_in_bytes
         + m.output_size_in_bytes
         - m.alias_size_in_bytes
         + m.temp_size_in_bytes
         + m.generated_code_size_in_bytes
     )
+
+
+def account(lowered: jax.stages.Lowered) -> Account:
+    begin = time.perf_counter()
+    compiled = lowered.compile()
+    m = compiled.memory_analysis()
     return Account(
         m.argument_size_in_bytes,
         m.alias_size_in_bytes,
         m.temp_size_in_bytes,
-        total,
+        total(compiled),
         (compiled.cost_analysis() or {}).get("bytes accessed", math.nan),
         time.perf_counter() - begin,
         collectives(compiled),

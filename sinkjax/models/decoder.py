@@ -29,7 +29,13 @@ from sinkjax.models.layers import (
     scale_of,
     scaled,
 )
-from sinkjax.models.parameters import Parameter, check_shards, check_weight_dtype, grouped
+from sinkjax.models.parameters import (
+    Parameter,
+    check_shards,
+    check_weight_dtype,
+    grouped,
+    heads_in,
+)
 
 
 class Block(nnx.Module):
@@ -259,12 +265,22 @@ class Decoder(nnx.Module):
         return [(path, Parameter.of(self.config, self.shards, path, leaf)) for path, leaf in state]
 
     def weights(self) -> dict[str, Array]:
-        """The weights by name, as `from_weights` takes them, heads in `head_order`."""
+        """The weights by name, as `from_weights` takes them, heads as in the checkpoint."""
         leaves = (leaf[...] for _, leaf in nnx.to_flat_state(nnx.state(self)))
         named: dict[str, Array] = {}
-        for (_, parameter), leaf in zip(self.parameters(), leaves, strict=True):
-            named |= parameter.parts_of(leaf)
+        for (path, parameter), leaf in zip(self.parameters(), leaves, strict=True):
+            parts = parameter.parts_of(leaf)
+            if "heads" in parameter.axes:
+                parts = self.as_loaded(path, parts, parameter.axes.index("heads"))
+            named |= parts
         return named
+
+    def as_loaded(self, path: tuple, parts: Mapping[str, Array], axis: int) -> dict[str, Array]:
+        """Parts of a parameter with their heads, along an axis, as they were in the checkpoint."""
+        if self.head_order is None:
+            return dict(parts)
+        order = np.argsort(self.head_order[int(str(path[1]))])
+        return {n: heads_in(order, n, x, self.config.kv_heads, axis) for n, x in parts.items()}
 
     @classmethod
     def shapes(cls, config: Config, dtype=jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from sinkjax.caches import LayerCaches, Policy, SinkRing
 from sinkjax.mesh import DATA, MODEL, fetch, spec_of
 from sinkjax.models import Config, Decoder
-from sinkjax.models.parameters import check_weight_dtype, heads_in
+from sinkjax.models.parameters import check_weight_dtype
 from sinkjax.streaming.sampling import Sampling
 from sinkjax.streaming.step import CHUNK, StreamState, decode, prefill, score, specs_of
 from sinkjax.streaming.stream import Stream
@@ -278,11 +278,8 @@ class LanguageModel:
         rows = self._first_rows()
         for (path, parameter), found in zip(self.model.parameters(), rows, strict=True):
             parts = parameter.parts_of(jnp.asarray(found))
-            if self.model.head_order and parameter.axes[-1] == "heads":
-                order = np.argsort(self.model.head_order[int(str(path[1]))])
-                parts = {
-                    n: heads_in(order, n, x, self.config.kv_heads, -1) for n, x in parts.items()
-                }
+            if parameter.axes[-1] == "heads":
+                parts = self.model.as_loaded(path, parts, -1)
             named |= parts
         for name in sorted(named):
             digest.update(f"{name}{named[name].dtype}".encode())

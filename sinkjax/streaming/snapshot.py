@@ -338,7 +338,7 @@ def _row_from_json(values: dict, lm: LanguageModel, stop: tuple[str, ...]) -> Ro
         fed=values["fed"],
         drawn=values["drawn"],
         ended=values["ended"],
-        full=values.get("full", False),  # older snapshots have none
+        full=values["full"],
     )
 
 

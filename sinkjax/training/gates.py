@@ -233,8 +233,8 @@ class GateTrainer:
         history: `[steps, 7]`, float32, the `Metrics` of each.
 
     Raises:
-        ValueError: a model with ALiBi, a batch that does not divide over the mesh, or a text that
-            is too short.
+        ValueError: a model with ALiBi or with its heads rearranged, a batch that does not divide
+            over the mesh, or a text that is too short.
     """
 
     def __init__(self, lm: LanguageModel, settings: GateTraining, rows: PasskeyRows | None = None):
@@ -242,6 +242,11 @@ class GateTrainer:
             raise ValueError(
                 "gates can't be trained for a model with ALiBi: its sinks have no use at their "
                 "absolute positions, where DuoAttention's streaming heads have them"
+            )
+        if lm.model.head_order is not None:
+            raise ValueError(
+                "gates are trained for heads in the order of the checkpoint: load the model "
+                "without heads=pattern"
             )
         groups = 1 if lm.mesh is None else lm.mesh.shape[DATA]
         if settings.batch % groups:

@@ -141,6 +141,8 @@ def test_weights_in_the_order_of_a_pattern_compute_the_same(switches):
     grouped = other.grouped(pattern)
     assert LanguageModel(grouped).fingerprint() == name == LanguageModel(plain).fingerprint()
     assert grouped.head_order == ((0, 3, 1, 2), (1, 3, 0, 2))
+    for name, x in plain.weights().items():
+        np.testing.assert_array_equal(grouped.weights()[name], x, err_msg=name)
     caches = grouped.init_caches(policy)
     assert all(cache.policy.heads == (True, True, False, False) for cache in caches)
 

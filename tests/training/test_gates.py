@@ -222,6 +222,12 @@ def test_models_with_alibi_are_refused():
         trainer(lm)
 
 
+def test_models_with_rearranged_heads_are_refused():
+    grouped = changed(norm_eps=2e-5).grouped(np.array([[False, True]] * 2))
+    with pytest.raises(ValueError, match="heads in the order of the checkpoint: load the model"):
+        trainer(LanguageModel(grouped, byte_tokenizer()))
+
+
 SPREAD = """
 import jax
 jax.config.update("jax_num_cpu_devices", 4)
