@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,12 @@ def empty_ring(
     if dtype == jnp.int4 and head_dim % 2:
         raise ValueError(f"int4 needs an even head_dim (two values share a byte), got {head_dim}")
     return Ring(k, v, jnp.zeros(shape[:3]), jnp.zeros(shape[:3]))
+
+
+def bytes_of(arrays: Any) -> int:
+    """What the arrays of a pytree, or of one of shapes, take; two numbers of 4 bits a byte."""
+    leaves = jax.tree.leaves(arrays)
+    return sum(x.size * (4 if x.dtype == jnp.int4 else 8 * x.dtype.itemsize) for x in leaves) // 8
 
 
 LARGEST = {jnp.dtype(jnp.int8): 127, jnp.dtype(jnp.int4): 7}

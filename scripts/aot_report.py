@@ -22,7 +22,7 @@ from flax import nnx
 
 from pallas_kernels import targets
 from pallas_kernels.block_sparse import block_sparse_attention
-from pallas_kernels.ring import empty_ring
+from pallas_kernels.ring import bytes_of, empty_ring
 from pallas_kernels.ring_decode import ring_decode
 from pallas_kernels.sink_attention import sink_attention
 from sinkjax.caches import SinkRing
@@ -112,7 +112,8 @@ def kernels() -> Iterator[Program]:
             shapes = (jax.eval_shape(ring), jax.ShapeDtypeStruct((B,), jnp.int32), *args)
             return jax.jit(f, donate_argnums=0).lower(*at(target, shapes))
 
-        yield Program(f"ring_decode, {kv_dtype}", decode, ring_bytes(B, Hkv, S + W, D, kv_dtype))
+        fewest = bytes_of(jax.eval_shape(functools.partial(empty_ring, B, Hkv, S + W, D, kv_dtype)))
+        yield Program(f"ring_decode, {kv_dtype}", decode, fewest)
 
     def attention(target, T=32_768, grad=False):
         def f(q, k, v, q_sinks):
@@ -148,11 +149,11 @@ def kernels() -> Iterator[Program]:
     yield Program("block_sparse, gradient", functools.partial(sparse, grad=True))
 
 
-def ring_bytes(batch: int, kv_heads: int, capacity: int, head_dim: int, kv_dtype: str) -> int:
-    """Of a ring's keys, values and scales."""
-    bits = {"bfloat16": 16, "float32": 32, "int8": 8, "int4": 4}[kv_dtype]
-    scales = 4 if bits < 16 else 0
-    return 2 * batch * kv_heads * capacity * (head_dim * bits // 8 + scales)
+def cache_bytes(config: Config, policy: SinkRing, batch: int) -> int:
+    """Of the keys, values and scales of all layers."""
+    heads = dict(kv_heads=config.kv_heads, head_dim=config.head_dim)
+    cache = jax.eval_shape(lambda: policy.init(batch=batch, **heads, dtype=jnp.bfloat16))
+    return config.layers * bytes_of((cache.ring, cache.recent))
 
 
 def steps(name: str, config: Config, kv_dtypes: Sequence[str]) -> Iterator[Program]:
@@ -177,8 +178,9 @@ def steps(name: str, config: Config, kv_dtypes: Sequence[str]) -> Iterator[Progr
             for part, w in Decoder.shapes(config).items()
             if part != "embed" or config.tied_embeddings
         )
-        rings = config.layers * ring_bytes(B, config.kv_heads, C, config.head_dim, kv_dtype)
-        yield Program(f"{name}: decode, {kv_dtype} KV", decode, weights + rings)
+        yield Program(
+            f"{name}: decode, {kv_dtype} KV", decode, weights + cache_bytes(config, policy, B)
+        )
 
     def prefill(target):
         model = lm(target)

@@ -23,6 +23,7 @@ from aot_report import at, backend, weights_at
 from flax import nnx
 from scale_report import GIB, MEMORY, total, with_layers
 
+from pallas_kernels.ring import bytes_of
 from sinkjax.caches import FullCache, HeadSplit, Policy, SinkRing
 from sinkjax.models import Decoder
 from sinkjax.models.families import PRESETS
@@ -102,15 +103,6 @@ class Step(NamedTuple):
             limit = put(jax.ShapeDtypeStruct((), jnp.int32))
             lowered = lm.decode.lower(state, limit, steps=1, sampling=Sampling(), stop_tokens=())
         return lowered.compile(OPTIONS if bytes_alone else None)
-
-
-def bytes_of(tree: Any) -> int:
-    """Of shapes, two numbers of 4 bits in a byte."""
-
-    def bits(dtype: Any) -> int:
-        return 4 if dtype == jnp.int4 else 8 * dtype.itemsize
-
-    return sum(x.size * bits(x.dtype) // 8 for x in jax.tree.leaves(tree))
 
 
 def ratio(full: float, duo: float) -> str:

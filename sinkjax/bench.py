@@ -29,7 +29,7 @@ from absl import app, flags
 from flax import nnx
 from tqdm import tqdm
 
-from sinkjax.caches import FullCache, LayerPolicy, Policy, SinkRing
+from sinkjax.caches import FullCache, Policy, SinkRing
 from sinkjax.cli import cache_policies, define_cache_flag, define_model_flags, load_model, run
 from sinkjax.mesh import is_main, make
 from sinkjax.models import Config, Decoder
@@ -129,7 +129,7 @@ def as_if_read(stream: Stream, tokens: int) -> None:
     clocks = tuple(
         dataclasses.replace(
             clock,
-            ticks=clock.ticks + ticks_after(policy, tokens),
+            ticks=clock.ticks + (policy.folded(tokens) if isinstance(policy, SinkRing) else tokens),
             position=clock.position + np.uint32(tokens % 2**32),
         )
         for policy, clock in zip(policies, caches.clocks, strict=True)
@@ -138,12 +138,6 @@ def as_if_read(stream: Stream, tokens: int) -> None:
     stream.state = dataclasses.replace(stream.state, caches=caches)
     for row in stream.rows:
         row.fed = tokens
-
-
-def ticks_after(policy: LayerPolicy, tokens: int) -> int:
-    if isinstance(policy, SinkRing) and tokens >= policy.capacity:  # folded, see `RingCache`
-        return policy.capacity + (tokens - policy.sinks) % policy.window
-    return tokens
 
 
 def decode_seconds(stream: Stream, tokens: int) -> list[float]:

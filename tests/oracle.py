@@ -52,10 +52,12 @@ def attention(
     soft_cap: float | None = None,
     sink_logits: np.ndarray | None = None,
     alibi_slopes: np.ndarray | None = None,
+    late: tuple[int, np.ndarray, np.ndarray] | None = None,
 ) -> np.ndarray:
     """One sequence: q `[T, H, D]`, k, v `[T, Hkv, D]`, unrotated; returns `[T, H, D]`.
 
-    `amplitude`: of the rotated dimensions of q and of k (YaRN).
+    `amplitude`: of the rotated dimensions of q and of k (YaRN). `late`: R, and the keys and values
+    that a query sees of tokens which came R or more before it.
     """
     q, k, v = (x.astype(np.float64) for x in (q, k, v))
     T, H, D = q.shape
@@ -65,7 +67,11 @@ def attention(
         tokens = kept(t, sinks, window)
         place = np.arange(len(tokens)) if positions == "cache" else tokens
         for h in range(H):
-            keys, query = k[tokens, h // group], q[t, h]
+            keys, values, query = k[tokens, h // group], v[tokens, h // group], q[t, h]
+            if late is not None:
+                old = (t - tokens >= late[0])[:, None]
+                keys = np.where(old, late[1][tokens, h // group], keys)
+                values = np.where(old, late[2][tokens, h // group], values)
             if theta is not None:
                 keys = rotate(keys, place, theta)
                 query = rotate(query, place[-1], theta)
@@ -80,7 +86,7 @@ def attention(
             peak = max([*scores, *extra])
             weights = np.exp(scores - peak)
             total = weights.sum() + sum(np.exp(x - peak) for x in extra)
-            out[t, h] = weights / total @ v[tokens, h // group]
+            out[t, h] = weights / total @ values
     return out
 
 

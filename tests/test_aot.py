@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from sinkjax.caches import SinkRing
 from sinkjax.models.families import PRESETS
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "aot_report.py"
@@ -27,7 +28,7 @@ def test_the_decode_step_moves_what_it_must(report, kv_dtype):
     program = next(report.steps("llama-3-8b", config, [kv_dtype]))
     compiled = program.lower("v5e").compile(report.OPTIONS["tpu"])
     memory = compiled.memory_analysis()
-    ring = report.ring_bytes(8, 8, 4096, 128, kv_dtype)
+    ring = report.cache_bytes(config, SinkRing(4, 4092, kv_dtype=kv_dtype), 8)
     assert compiled.cost_analysis()["bytes accessed"] <= 1.05 * program.fewest
     assert ring <= memory.alias_size_in_bytes <= 1.01 * ring
     assert memory.temp_size_in_bytes < ring / 8

@@ -34,7 +34,8 @@ def attention(
 
     Args:
         places: `q_ticks`, `k_ticks`, `q_starts` and `slopes` of `Places`.
-        own: the keys are the chunk's own, their ticks in order; else they are a ring's.
+        own: the keys are the chunk's own and those right before it, their ticks in order; else
+            they are a ring's.
         packed: sequences begin anywhere in the chunk.
     """
     q_ticks, k_ticks, q_starts, slopes = places

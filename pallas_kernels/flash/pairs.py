@@ -45,16 +45,19 @@ def bound(
     """How many pairs `block_map` lists at most.
 
     Args:
-        own: the keys are the chunk's own, their ticks in order; else they are a ring's.
+        own: the keys are the chunk's own and those right before it, their ticks in order; else
+            they are a ring's.
         packed: sequences begin anywhere, not only with the first key.
     """
     count_k = -(-keys // block_k)
+    before = keys - queries
     near = far = idle = 0
     for first in range(0, queries, block_q):
         end = min(first + block_q, queries)
         if own:
-            low = 0 if rule.window is None else max(0, first - rule.window + 1) // block_k
-            here = -(-end // block_k) - low
+            reach = before + first if rule.window is None else rule.window - 1
+            low = max(0, before + first - reach) // block_k
+            here = -(-(before + end) // block_k) - low
             elsewhere = low
         else:
             here = _blocks_in_ring(rule, keys, block_k, first)

@@ -11,7 +11,7 @@ from jax import Array
 from pallas_kernels.checks import check_heads, check_options, check_ring
 from pallas_kernels.flash import backends
 from pallas_kernels.flash.call import Inputs
-from pallas_kernels.flash.rule import Rule, ring_ticks, starts_of
+from pallas_kernels.flash.rule import EMPTY, Rule, ring_ticks, starts_of
 from pallas_kernels.flash.vjp import merged
 from pallas_kernels.ring import Ring
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 def sink_attention(
     q: Float[Array, "B T H D"],
-    k: Float[Array, "B T Hkv D"],
-    v: Float[Array, "B T Hkv D"],
+    k: Float[Array, "B K Hkv D"],
+    v: Float[Array, "B K Hkv D"],
     *,
     sinks: int = 0,
     window: int | None = None,
@@ -47,15 +47,17 @@ def sink_attention(
 
     Args:
         q, k, v: of the new tokens, rotated already where the model rotates. H is a multiple of
-            Hkv; consecutive heads share a KV head (GQA).
+            Hkv; consecutive heads share a KV head (GQA). Of K > T keys the queries' own are the
+            last T.
         sinks: S ≥ 0, the first tokens of each sequence, which every later one sees.
         window: W ≥ 1; None: plain causal attention.
         q_sinks: the queries rotated for the sinks, where that is another angle (StreamingLLM's
             positions inside the cache, arXiv 2309.17453, section 3.2); None: `q` serves all keys.
-        ring: tokens that came before the chunk; it is read, not written. Of any dtype: blocks of
-            it that something sees are made into the dtype of `q`, one at a time.
-        ticks: with a ring: the tokens of each row that came before, folded or not (see
-            `Ring`; from S + W on, t may be given as S + W + (t − S) mod W).
+        ring: tokens that came before the first key; it is read, not written. Of any dtype: blocks
+            of it that something sees are made into the dtype of `q`, one at a time.
+        ticks: the tokens of each row that came before the first key, folded or not (see `Ring`;
+            from S + W on, t may be given as S + W + (t − S) mod W); None: none did. Where it is
+            negative, so many keys are none at all, and no query sees them.
         segment_ids: several sequences packed into a row, as runs of equal ids. Each is attended to
             as if it were alone, sinks of its own and all. Not with a ring.
         sink_logits: a learned logit per head that takes its part of the softmax and gives nothing
@@ -81,18 +83,23 @@ def sink_attention(
     check_heads("sink_attention", q, k, v, q_sinks)
     check_options("sink_attention", q, sinks, window, sink_logits, alibi_slopes)
     B, T, H, D = q.shape
-    if (ring is None) != (ticks is None):
-        raise ValueError("sink_attention: ring and ticks go together, got one without the other")
+    K = k.shape[1]
+    if T > K:
+        raise ValueError(f"sink_attention: {T} queries need as many keys at least, got {K}")
+    if ring is not None and ticks is None:
+        raise ValueError("sink_attention: a ring needs ticks, the tokens that came before")
     rule = Rule(sinks, window, D**-0.5 if scale is None else scale, soft_cap)
     if alibi_slopes is not None:
         alibi_slopes = jax.lax.stop_gradient(alibi_slopes.astype(jnp.float32))
-    if segment_ids is not None and segment_ids.shape != (B, T):
+    if segment_ids is not None and (segment_ids.shape != (B, T) or K != T):
         raise ValueError(
-            f"sink_attention: segment_ids {segment_ids.shape} do not fit [B, T] = {(B, T)}"
+            f"sink_attention: segment_ids {segment_ids.shape} do not fit [B, T] = {(B, T)} of "
+            f"{K} keys"
         )
-    row = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-    q_ticks = row if ticks is None else row + ticks[:, None]
-    q_starts = jnp.zeros_like(row) if segment_ids is None else starts_of(segment_ids)
+    row = jnp.broadcast_to(jnp.arange(K, dtype=jnp.int32), (B, K))
+    new_ticks = row if ticks is None else jnp.maximum(row + ticks[:, None], EMPTY)
+    q_ticks = new_ticks[:, K - T :]
+    q_starts = jnp.zeros_like(q_ticks) if segment_ids is None else starts_of(segment_ids)
 
     def part(keys: Ring, k_ticks: Array, *, own: bool) -> tuple[Array, Array]:
         queries = [None if a is None else _by_head(a) for a in (q, q_sinks)]
@@ -110,7 +117,7 @@ def sink_attention(
             interpret=interpret,
         )
 
-    parts = [part(Ring(_by_head(k), _by_head(v)), q_ticks, own=True)]
+    parts = [part(Ring(_by_head(k), _by_head(v)), new_ticks, own=True)]
     if ring is not None:
         check_ring("sink_attention", ring, ticks, B, k.shape[2], D, sinks, window)
         if segment_ids is not None:

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.ring import Ring, empty_ring
+from pallas_kernels.ring import Ring
 from sinkjax.caches.protocol import (
     PLAIN,
     Clock,
     Positions,
     Scores,
-    check_init,
     check_kv_dtype,
+    empty,
     rotated,
     through_ring,
     within,
@@ -67,17 +67,26 @@ class FullCache:
         self, *, batch: int, kv_heads: int, head_dim: int, dtype: DTypeLike = jnp.float32
     ) -> "DenseCache":
         """An empty cache of `[batch, kv_heads, capacity, head_dim]` keys and values."""
-        check_init(batch, kv_heads, head_dim)
-        ring = empty_ring(batch, kv_heads, self.capacity, head_dim, self.kv_dtype or dtype)
-        return DenseCache(ring, Clock.zero(batch), self)
+        ring, recent = empty(
+            self,
+            sinks=0,
+            window=self.capacity,
+            batch=batch,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            dtype=dtype,
+        )
+        return DenseCache(ring, recent, Clock.zero(batch), self)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DenseCache:
-    """One layer's keys and values: token t in slot t, rotated at its absolute position."""
+    """One layer's keys and values: token t in slot t, rotated at its absolute position; the newest
+    in `recent` (see `through_ring`)."""
 
     ring: Ring
+    recent: Ring | None
     clock: Clock
     policy: FullCache = dataclasses.field(metadata=dict(static=True))
 
@@ -108,19 +117,20 @@ class DenseCache:
         overfull = ticks + by > self.policy.capacity
         if not isinstance(overfull, jax.core.Tracer):
             self.policy.check(int(jnp.max(ticks + by)))
-        out, ring = through_ring(  # a ring that never wraps
+        out, ring, recent = through_ring(  # a ring that never wraps
             q,
             k,
             v,
             self.ring,
+            self.recent,
             ticks,
             sinks=0,
             window=self.policy.capacity,
             lengths=lengths,
-            write=lambda buffer, new: write_span(buffer, new, ticks, 0, by),
+            write=lambda buffer, new, at: write_span(buffer, new, at, jnp.maximum(-at, 0), by),
             scores=scores,
             backend=backend,
         )
         out = jnp.where(overfull[:, None, None, None], jnp.nan, out)
         clock = Clock(ticks + by, self.clock.position + by.astype(jnp.uint32))
-        return out, dataclasses.replace(self, ring=ring, clock=clock)
+        return out, dataclasses.replace(self, ring=ring, recent=recent, clock=clock)

@@ -14,11 +14,16 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32, Num, UInt32
 
-from pallas_kernels.ring import Ring, floats, stored
+from pallas_kernels.flash.vjp import merged
+from pallas_kernels.ring import Ring, empty_ring, floats, stored
 from pallas_kernels.ring_decode import ring_decode
 from pallas_kernels.sink_attention import sink_attention
 
 KV_DTYPES = (None, "float32", "bfloat16", "int8", "int4")
+# A cache in 4 bits rounds a token when it is so many tokens old. Most of the attention goes to those
+# that are not: rounded at once, four bits cost SmolLM2-135M 4 to 5% of perplexity
+# (docs/benchmarks.md).
+RECENT = 32
 
 
 class Positions(Protocol):
@@ -70,8 +75,8 @@ class Cache(Protocol):
     """What one layer remembers: a frozen dataclass with one verb.
 
     It has a field `clock`, and what that holds follows from its policy: layers of the same policy
-    share one. A cache that is made of others has none, and names the fields that hold them in
-    `parts`.
+    share one. Its field `recent` holds the arrays that move at each token, or None. A cache that is
+    made of others has neither, and names the fields that hold them in `parts`.
     """
 
     @property
@@ -257,17 +262,36 @@ class LayerCaches:
 
         return (_each(put, cache) for cache in self.layers)
 
+    def but_still(self, still: Bool[Array, " B"], before: Self) -> Self:
+        """These caches, after the token that each row took in since `before`; rows that stand still
+        go on as if they had not. (What they wrote lies in the slot of their next token, which no
+        query sees before that token overwrites it.)"""
+
+        def chosen(new, old):
+            rows = still.reshape(-1, *[1] * (new.ndim - 1))
+            return jnp.where(rows, old, new)
+
+        def restored(new: Any, old: Any) -> Any:
+            return dataclasses.replace(new, recent=jax.tree.map(chosen, new.recent, old.recent))
+
+        layers = (_each(restored, *both) for both in zip(self.layers, before.layers, strict=True))
+        clocks = jax.tree.map(chosen, self.clocks, before.clocks)
+        return dataclasses.replace(self, layers=tuple(layers), clocks=clocks)
+
     @property
     def position(self) -> UInt32[Array, " B"]:
         """The position of each row's next token, modulo 2³²."""
         return self.clocks[0].position
 
 
-def _each(f: Callable[[Any], Any], cache: Any) -> Any:
-    """A cache with f of it, or of each cache that it is made of (its fields named in `parts`)."""
+def _each(f: Callable[..., Any], cache: Any, *others: Any) -> Any:
+    """A cache with f of it, or of each cache that it is made of (its fields named in `parts`); and
+    of the same in other caches of its kind."""
     if not hasattr(cache, "parts"):
-        return f(cache)
-    new = {name: _each(f, getattr(cache, name)) for name in cache.parts}
+        return f(cache, *others)
+    new = {
+        name: _each(f, *(getattr(each, name) for each in (cache, *others))) for name in cache.parts
+    }
     return dataclasses.replace(cache, **new)
 
 
@@ -282,10 +306,35 @@ def within(positions: Positions | None, span: int) -> Positions | None:
     return positions if fix is None else fix(span)
 
 
-def check_init(batch: int, kv_heads: int, head_dim: int) -> None:
+def empty(
+    policy: LayerPolicy,
+    *,
+    sinks: int,
+    window: int,
+    batch: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: DTypeLike,
+) -> tuple[Ring, Ring | None]:
+    """The arrays of an empty cache: a ring, and the tokens that are not yet in it (see
+    `through_ring`), where its policy keeps some.
+
+    Raises:
+        ValueError: a size < 1, or one that does not suit the policy's `kv_dtype`.
+    """
     for name, value in dict(batch=batch, kv_heads=kv_heads, head_dim=head_dim).items():
         if value < 1:
             raise ValueError(f"a cache needs {name} ≥ 1, got {value}")
+    late = recent_tokens(policy.kv_dtype, window)
+    kept = policy.kv_dtype or dtype
+    ring = empty_ring(batch, kv_heads, sinks + window - late, head_dim, kept)
+    return ring, empty_ring(batch, kv_heads, late, head_dim, dtype) if late else None
+
+
+def recent_tokens(kv_dtype: str | None, window: int) -> int:
+    """How many of the newest tokens a cache keeps unrounded: `RECENT` in 4 bits, in a short window
+    half of it; otherwise none."""
+    return min(RECENT, window // 2) if kv_dtype == "int4" else 0
 
 
 def check_kv_dtype(kv_dtype: str | None) -> None:
@@ -298,60 +347,109 @@ def through_ring(
     k: Float[Array, "B T Hkv D"],
     v: Float[Array, "B T Hkv D"],
     ring: Ring,
+    recent: Ring | None,
     ticks: Int32[Array, " B"],
     *,
     sinks: int,
     window: int,
     q_sinks: Float[Array, "B T H D"] | None = None,
     lengths: Int32[Array, " B"] | None,
-    write: Callable[[Array, Array], Array],
+    write: Callable[[Array, Array, Array], Array],
     scores: Scores,
     backend: str | None,
-) -> tuple[Float[Array, "B T H D"], Ring]:
-    """Attention to [ring | new tokens], and the ring with the new tokens in it.
+) -> tuple[Float[Array, "B T H D"], Ring, Ring | None]:
+    """Attention to [ring | recent | new tokens], and both with the new tokens in them.
+
+    The R recent tokens, in floats, are those that came last; a token enters the ring R tokens late.
+    So the ring is that of a stream R tokens behind, and reaches back W − R from there: a query sees
+    the token that leaves and all before it as the ring keeps them, and the newest R, its own among
+    them, as they are. That holds in chunks of any length.
 
     A quantised ring holds keys and values whose channels are mixed (see `mixed`), which changes
     nothing but what rounding costs.
 
     Args:
-        q, k, v, q_sinks: rotated.
-        write: puts new tokens `[B, Hkv, T, ...]` into a buffer `[B, Hkv, C, ...]`.
+        q, k, v, q_sinks: rotated. While a sink is recent, `q` must serve it as well.
+        recent: R tokens in their order; None: a token enters the ring at once.
+        write: puts new tokens `[B, Hkv, T, ...]` into a buffer `[B, Hkv, C, ...]`, the first of
+            them of this tick `[B]`; those of negative ticks are none.
     """
     mix = mixed if ring.k_scale is not None else lambda x: x
     q, k, v = mix(q), mix(k), mix(v)
     q_sinks = None if q_sinks is None else mix(q_sinks)
-    if q.shape[1] == 1 and lengths is None:
-        out, ring = ring_decode(
-            q,
-            k,
-            v,
-            ring,
-            ticks,
-            sinks=sinks,
-            window=window,
-            q_sinks=q_sinks,
-            backend=backend,
-            **scores._asdict(),
-        )
-        return mix(out), ring
-    new = stored(k.swapaxes(1, 2), v.swapaxes(1, 2), ring.k.dtype)
-    seen = floats(new, k.dtype)
-    out = sink_attention(
+    T = q.shape[1]
+    common: Any = dict(sinks=sinks, q_sinks=q_sinks, lengths=lengths, write=write, backend=backend)
+    if recent is None:
+        out, _, ring = _attended(q, k, v, ring, ticks, window=window, scores=scores, **common)
+        return mix(out), ring, None
+
+    R = recent.k.shape[2]
+    keys, values = (
+        jnp.concatenate([old.swapaxes(1, 2).astype(q.dtype), new], axis=1)
+        for old, new in ((recent.k, k), (recent.v, v))
+    )  # [B, R + T, Hkv, D]
+    out, lse, ring = _attended(
         q,
-        seen.k.swapaxes(1, 2),
-        seen.v.swapaxes(1, 2),
-        sinks=sinks,
-        window=window,
-        q_sinks=q_sinks,
-        ring=ring,
-        ticks=ticks,
-        backend=backend,
+        keys[:, :T],
+        values[:, :T],
+        ring,
+        ticks - R,
+        window=window - R,
+        scores=scores._replace(sink_logits=None),
+        **common,
+    )
+    if scores.alibi_slopes is not None:
+        lse -= R * scores.alibi_slopes  # each is R tokens farther than it seemed
+    near, near_lse = sink_attention(
+        q,
+        keys[:, 1:],
+        values[:, 1:],
+        window=R,
+        ticks=ticks - R + 1,
+        return_lse=True,
+        backend="reference" if T == 1 else backend,  # R keys: less than a kernel is worth
         **scores._asdict(),
     )
+    out, _ = merged([(near, near_lse), (out, lse)])
+    if lengths is None:
+        k, v = keys[:, T:], values[:, T:]
+    else:
+        newest = jax.vmap(lambda x, by: jax.lax.dynamic_slice_in_dim(x, by, R))
+        k, v = newest(keys, lengths), newest(values, lengths)
+    recent = Ring(*(x.swapaxes(1, 2).astype(recent.k.dtype) for x in (k, v)))
+    return mix(out.astype(q.dtype)), ring, recent
+
+
+def _attended(
+    q: Array,
+    k: Array,
+    v: Array,
+    ring: Ring,
+    ticks: Array,
+    *,
+    sinks: int,
+    window: int,
+    q_sinks: Array | None,
+    lengths: Array | None,
+    write: Callable[[Array, Array, Array], Array],
+    scores: Scores,
+    backend: str | None,
+) -> tuple[Array, Array, Ring]:
+    """The output, its log-sum-exp, and the ring with the new tokens in it. Where `ticks` is
+    negative, so many of the new tokens are none, and their queries see nothing."""
+    options: Any = dict(sinks=sinks, window=window, q_sinks=q_sinks, backend=backend)
+    options |= scores._asdict() | dict(return_lse=True)
+    if q.shape[1] == 1 and lengths is None:
+        # What is no token lands in the first slot, where the first that is one overwrites it.
+        out, ring, lse = ring_decode(q, k, v, ring, jnp.maximum(ticks, 0), **options)
+        return out, jnp.where(ticks[:, None, None] < 0, -jnp.inf, lse), ring
+    new = stored(k.swapaxes(1, 2), v.swapaxes(1, 2), ring.k.dtype)
+    seen = (x.swapaxes(1, 2) for x in floats(new, k.dtype)[:2])
+    out, lse = sink_attention(q, *seen, ring=ring, ticks=ticks, **options)
     # Later tokens of a chunk take slots that earlier ones still see, so it is written last.
     # Without this, XLA sees no order between reading the ring and writing it, and copies it.
     out, ring = jax.lax.optimization_barrier((out, ring))
-    return mix(out), jax.tree.map(write, ring, new)
+    return out, lse, jax.tree.map(lambda buffer, x: write(buffer, x, ticks), ring, new)
 
 
 def mixed(x: Float[Array, "... D"]) -> Float[Array, "... D"]:

@@ -8,14 +8,15 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.ring import Ring, empty_ring
+from pallas_kernels.ring import Ring
 from sinkjax.caches.protocol import (
     PLAIN,
     Clock,
     Positions,
     Scores,
-    check_init,
     check_kv_dtype,
+    empty,
+    recent_tokens,
     rotated,
     through_ring,
     within,
@@ -34,7 +35,8 @@ class SinkRing:
         positions: `"cache"`: a sink seems to lie right before the window, however long ago it
             was (StreamingLLM); `"absolute"`: it stays where it was (DuoAttention, LServe).
         kv_dtype: of the keys and values kept: `"float32"`, `"bfloat16"`, or quantised with a scale
-            per token and head, `"int8"` or `"int4"`; None: the model's own.
+            per token and head, `"int8"` or `"int4"`; None: the model's own. In 4 bits all but the
+            newest 32 tokens, or half a window shorter than 64.
 
     Raises:
         ValueError: sinks < 0, window < 1, or an unknown kind of positions or kv_dtype.
@@ -73,26 +75,42 @@ class SinkRing:
         self, *, batch: int, kv_heads: int, head_dim: int, dtype: DTypeLike = jnp.float32
     ) -> "RingCache":
         """An empty ring of `[batch, kv_heads, sinks + window, head_dim]` keys and values."""
-        check_init(batch, kv_heads, head_dim)
-        ring = empty_ring(batch, kv_heads, self.capacity, head_dim, self.kv_dtype or dtype)
-        return RingCache(ring, Clock.zero(batch), self)
+        ring, recent = empty(
+            self,
+            sinks=self.sinks,
+            window=self.window,
+            batch=batch,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            dtype=dtype,
+        )
+        return RingCache(ring, recent, Clock.zero(batch), self)
+
+    def folded(self, ticks: Int32[Array, " B"] | int) -> Int32[Array, " B"]:
+        """The ticks of a `RingCache` that took so many tokens in: t itself until it is full, then
+        below S + 2W for ever, and the same in all that follows from them: the slots that are
+        filled, and the one that comes next."""
+        turn = self.window - recent_tokens(self.kv_dtype, self.window)
+        past = ticks - self.capacity
+        return jnp.where(past < 0, ticks, self.capacity + past % turn)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RingCache:
-    """One layer's ring. Token t lies in slot t while t < S, else in slot S + (t − S) mod W.
+    """One layer's ring. Token t lies in slot t while t < S, else in slot S + (t − S) mod W. (In 4
+    bits, with the R newest tokens in `recent`: mod W − R. See `through_ring`.)
 
     A key is stored rotated once: a sink at its own place in the cache, any other at its own
     absolute position. Rotary scores depend on the difference of two positions alone, so instead
     of re-rotating every key at every step, the query is rotated twice: for the window at its
     absolute position, for the sinks at min(t, S + W − 1), its place in the cache.
 
-    `clock.ticks` is folded: t itself until the ring is full, then S + W + (t − S) mod W. That
-    keeps it below S + 2W for ever, and says all: slots filled and the slot that comes next.
+    `clock.ticks` is folded, see `SinkRing.folded`.
     """
 
     ring: Ring
+    recent: Ring | None
     clock: Clock
     policy: SinkRing = dataclasses.field(metadata=dict(static=True))
 
@@ -132,35 +150,35 @@ class RingCache:
         q = rotated(positions, q, at)
         k = rotated(positions, k, key_at)
         by = jnp.full(q.shape[0], T, jnp.int32) if lengths is None else lengths
-        out, ring = through_ring(
+        out, ring, recent = through_ring(
             q,
             k,
             v,
             self.ring,
+            self.recent,
             self.clock.ticks,
             sinks=S,
             window=W,
             q_sinks=q_sinks,
             lengths=lengths,
-            write=lambda buffer, new: self._written(buffer, new, by),
+            write=lambda buffer, new, ticks: self._written(buffer, new, ticks, by),
             scores=scores,
             backend=backend,
         )
-        ticks = self.clock.ticks + by
-        folded = jnp.where(ticks < S + W, ticks, S + W + (ticks - S) % W)
-        clock = Clock(folded, self.clock.position + by.astype(jnp.uint32))
-        return out, dataclasses.replace(self, ring=ring, clock=clock)
+        ticks = self.policy.folded(self.clock.ticks + by)
+        clock = Clock(ticks, self.clock.position + by.astype(jnp.uint32))
+        return out, dataclasses.replace(self, ring=ring, recent=recent, clock=clock)
 
-    def _written(self, buffer: Array, new: Array, lengths: Array) -> Array:
+    def _written(self, buffer: Array, new: Array, ticks: Array, lengths: Array) -> Array:
         """A buffer of the ring with the first `lengths` tokens of a chunk in it."""
-        S, W = self.policy.sinks, self.policy.window
+        S = self.policy.sinks
+        W = buffer.shape[2] - S
         if new.shape[2] < W:
-            ticks = self.clock.ticks
             at = jnp.where(ticks < S + W, ticks, ticks - W)
             end = jnp.minimum(lengths, S + W - at)
-            buffer = write_span(buffer, new, at, 0, end)
+            buffer = write_span(buffer, new, at, jnp.maximum(-at, 0), end)
             return write_span(buffer, new, at - W, end, lengths)
-        ticks = self.clock.ticks[:, None]
+        ticks = ticks[:, None]
         # For each slot, the newest token of the chunk that belongs there.
         last = ticks + lengths[:, None] - 1
         newest = last - (last - S - jnp.arange(W)) % W

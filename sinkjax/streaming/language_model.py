@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.ring import bytes_of
 from sinkjax.caches import LayerCaches, Policy, SinkRing
 from sinkjax.mesh import DATA, MODEL, fetch, spec_of
 from sinkjax.models import Config, Decoder
@@ -220,10 +221,7 @@ class LanguageModel:
     def cache_bytes(self, policy: Policy) -> int:
         """What the caches of one row hold, all devices together; int4 as half a byte (a CPU gives
         it a whole one)."""
-        leaves = jax.tree.leaves(jax.eval_shape(lambda: self.model.init_caches(policy)))
-        return (
-            sum(x.size * (1 if x.dtype == jnp.int4 else 2 * x.dtype.itemsize) for x in leaves) // 2
-        )
+        return bytes_of(jax.eval_shape(lambda: self.model.init_caches(policy)))
 
     def _placed(self, init: Callable, rows: str | None) -> Any:
         if self.mesh is None:

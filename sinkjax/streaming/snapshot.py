@@ -35,7 +35,7 @@ from sinkjax.streaming.sampling import Sampling
 from sinkjax.streaming.stream import Output, Row, Stream
 from sinkjax.text.detokenize import Detokenizer, StopStrings
 
-_FORMAT = 4
+_FORMAT = 5
 _KEPT = 2  # snapshots: the newest, and the one before it in case that a disk loses the newest
 _POLICIES: dict[str, Callable[..., Policy]] = {
     policy.__name__: policy for policy in (SinkRing, FullCache, PerLayer, HeadSplit, SplitHeads)

@@ -131,13 +131,10 @@ def decode(
         def unless_done(new, old):
             return jnp.where(state.done.reshape(-1, *[1] * (new.ndim - 1)), old, new)
 
-        # A row that is done stands still: what it wrote lies in the slot of its next token, which
-        # no query sees before that token overwrites it.
-        clocks = jax.tree.map(unless_done, caches.clocks, state.caches.clocks)
         recent = _remembered(state.recent, token[:, None], jnp.ones_like(token))
         state = dataclasses.replace(
             state,
-            caches=dataclasses.replace(caches, clocks=clocks),
+            caches=caches.but_still(state.done, state.caches),
             hidden=unless_done(hidden[:, 0], state.hidden),
             recent=unless_done(recent, state.recent),
             done=state.done | stopped,

@@ -8,9 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.linalg import hadamard
 
 from pallas_kernels import targets
+from pallas_kernels.ring import quantised
 from sinkjax.caches import CacheFull, FullCache, SinkRing
+from sinkjax.caches.protocol import Scores
 from sinkjax.models import Rotary
 from tests import oracle
 
@@ -206,9 +209,10 @@ def test_the_ring_holds_the_first_and_the_newest_tokens():
     assert sorted(tokens) == [0, 1, *range(43, 50)]
 
 
-def test_nothing_in_the_clock_overflows():
+@pytest.mark.parametrize(("kv_dtype", "turn"), [(None, 30), ("int4", 15)])
+def test_nothing_in_the_clock_overflows(kv_dtype, turn):
     """A million tokens later the counters are where the fold puts them: small for ever."""
-    policy = SinkRing(4, 30)
+    policy = SinkRing(4, 30, kv_dtype=kv_dtype)
     cache = policy.init(batch=1, kv_heads=1, head_dim=2)
     zeros = jnp.zeros((1, 1000, 1, 2))
 
@@ -220,7 +224,7 @@ def test_nothing_in_the_clock_overflows():
 
     cache = many(cache)
     assert int(cache.clock.position[0]) == 10**6
-    assert int(cache.clock.ticks[0]) == 34 + (10**6 - 4) % 30
+    assert int(cache.clock.ticks[0]) == 34 + (10**6 - 34) % turn
 
 
 def test_bfloat16_keeps_its_dtype():
@@ -306,6 +310,66 @@ def test_quantised_caches_give_the_same_in_any_chunks(policy, kv_dtype):
     # Half a step of each grid, of keys and of values, on outputs of random inputs.
     bound = {"bfloat16": 0.02, "int8": 0.03, "int4": 0.4}[kv_dtype]
     assert 0 < error(one, exact) <= bound
+
+
+def eighths(shape, rng):
+    """Numbers whose channels can be mixed without rounding."""
+    return (rng.integers(-16, 17, shape) / 8).astype(np.float32)
+
+
+def in_four_bits(x):
+    mix = hadamard(D) / D**0.5
+    whole, scale = quantised(jnp.asarray(x @ mix, jnp.float32), "int4")
+    return np.asarray(whole, np.float64) * np.asarray(scale, np.float64)[..., None] @ mix
+
+
+@pytest.mark.parametrize("chunks", [(1,), (7, 1), (150,)], ids=str)
+@pytest.mark.parametrize(
+    ("policy", "late", "scores"),
+    [
+        (SinkRing(3, 70, kv_dtype="int4"), 32, Scores()),
+        (SinkRing(3, 70, kv_dtype="int4"), 32, Scores(alibi_slopes=np.float32([0.5, 0.01] * 2))),
+        (SinkRing(0, 11, "absolute", "int4"), 5, Scores(soft_cap=2.0, scale=0.5)),
+        (SinkRing(5, 1, kv_dtype="int4"), 0, Scores()),
+        (FullCache(150, "int4"), 32, Scores(sink_logits=np.float32([0.3, -1, 2, 0]))),
+    ],
+    ids=str,
+)
+def test_in_four_bits_the_newest_tokens_are_as_they_were(policy, late, scores, chunks):
+    """In chunks of any length, two rows, of which one takes in more tokens at a time."""
+    rng = np.random.default_rng(3)
+    q, k, v = (eighths((2, 150, h, D), rng) for h in (4, 2, 2))
+    cache = policy.init(batch=2, kv_heads=2, head_dim=D)
+    attend = jax.jit(
+        lambda cache, q, k, v, lengths: cache.attend(q, k, v, None, lengths, scores=scores)
+    )
+    sinks, window = getattr(policy, "sinks", 0), getattr(policy, "window", None)
+    settings = scores._asdict() | dict(sinks=sinks, window=window, positions="cache", theta=None)
+    expected = [
+        oracle.attention(*row, **settings, late=(late, *map(in_four_bits, row[1:])))
+        for row in zip(q, k, v, strict=True)
+    ]
+    at, i = np.zeros(2, int), 0
+    while (at < 150).any():
+        size = chunks[i % len(chunks)]
+        some = np.minimum(150 - at, [size, size - size // 3])
+        taken = np.minimum(at[:, None] + np.arange(size), 149)[..., None, None]
+        chunk = [np.take_along_axis(x, taken, axis=1) for x in (q, k, v)]
+        together = size == 1 and (some == 1).all()
+        out, cache = attend(cache, *chunk, None if together else jnp.asarray(some, jnp.int32))
+        for row in range(2):
+            got, want = out[row, : some[row]], expected[row][at[row] : at[row] + some[row]]
+            assert np.abs(got - want).max(initial=0) < 1e-5 * np.abs(expected[row]).max()
+        at, i = at + some, i + 1
+
+
+def test_what_waits_to_be_rounded_is_not_kept_twice():
+    cache = SinkRing(4, 1020, kv_dtype="int4").init(batch=1, kv_heads=2, head_dim=D)
+    assert (cache.ring.k.shape[2], cache.recent.k.shape[2]) == (4 + 1020 - 32, 32)
+    for kv_dtype in (None, "int8"):
+        assert (
+            SinkRing(4, 9, kv_dtype=kv_dtype).init(batch=1, kv_heads=1, head_dim=D).recent is None
+        )
 
 
 @pytest.mark.parametrize(("kv_dtype", "largest"), [("int8", 127), ("int4", 7)])

@@ -293,6 +293,33 @@ def test_a_quantised_ring_has_no_gradients(backend):
         jax.grad(loss)(jnp.ones((1, 4, 6, 8)))
 
 
+@pytest.mark.parametrize("backend", PLAIN)
+@pytest.mark.parametrize(("none", "alibi"), [(0, False), (5, True), (30, False)])
+def test_queries_may_come_after_the_first_keys(backend, none, alibi):
+    """The last 20 of 43 tokens; of the tokens, the first few are none."""
+    case = Case(43 - none, 0, 2, 9, 4, 2, 8, False, alibi, None, False, (), 0)
+    a = case.arrays()
+    q, k, v = (np.pad(a[n], [(none, 0), (0, 0), (0, 0)], constant_values=3.0)[None] for n in "qkv")
+    out, lse = sink_attention(
+        q[:, 23:],
+        k,
+        v,
+        sinks=2,
+        window=9,
+        ticks=jnp.asarray([-none], jnp.int32),
+        alibi_slopes=a["slopes"],
+        return_lse=True,
+        backend=backend,
+        block_sizes=(8, 16),
+    )
+    exact_out, exact_lse = case.exact(a)
+    seen = min(20, 43 - none)
+    close(out[0, 20 - seen :], exact_out[-seen:])
+    close(lse[0, 20 - seen :], exact_lse[-seen:])
+    assert np.all(np.asarray(out[0, : 20 - seen]) == 0)
+    assert np.all(np.asarray(lse[0, : 20 - seen]) == -np.inf)
+
+
 def test_a_query_that_sees_nothing_gives_zeros_and_passes_nothing_on():
     q, k, v = (jnp.ones((1, 8, 1, 8)) for _ in range(3))
     blocks = jnp.full((1, 1, 2, 1), -1)
@@ -471,7 +498,8 @@ def decode(T=1, D=8, **options):
         (lambda: attention(k=jnp.zeros((1, 4, 4, 8))), r"\(1, 4, 6, 8\) do not fit keys"),
         (lambda: attention(q_sinks=jnp.zeros((1, 4, 6, 4))), r"q_sinks \(1, 4, 6, 4\)"),
         (lambda: attention(sink_logits=jnp.zeros(2)), r"sink_logits \(2,\) must be \[H\]"),
-        (lambda: attention(ticks=jnp.zeros(1, int)), "ring and ticks go together"),
+        (lambda: attention(ring=empty_ring(1, 2, 9, 8), window=9), "a ring needs ticks"),
+        (lambda: attention(q=jnp.zeros((1, 5, 6, 8))), "5 queries need as many keys at least"),
         (lambda: attention(segment_ids=jnp.zeros((1, 3), int)), r"segment_ids \(1, 3\)"),
         (lambda: attention(backend="cuda"), "has the backends tpu, gpu, xla, reference"),
         (

@@ -60,6 +60,7 @@ class Case:
     rotated: bool = False
     alibi: bool = False
     packed: bool = False
+    late: int = 0  # keys from before the chunk, of which half come before the beginning
     soft_cap: float | None = None
     blocks: tuple[int, int] = (64, 64)
     seed: int = 0
@@ -72,7 +73,7 @@ class Case:
             return jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
 
         def keys():
-            return normal(self.B, self.T, self.kv_heads, self.D)
+            return normal(self.B, self.late + self.T, self.kv_heads, self.D)
 
         x = dict(q=normal(self.B, self.T, self.heads, self.D), k=keys(), v=keys())
         if self.rotated:
@@ -82,6 +83,8 @@ class Case:
             shape = (self.B, self.kv_heads, self.sinks + self.window, self.D)
             x["ring"] = Ring(normal(*shape), normal(*shape))
             rest["ticks"] = jnp.full(self.B, self.before, jnp.int32)
+        if self.late:
+            rest["ticks"] = jnp.full(self.B, -(self.late // 2), jnp.int32)
         if self.alibi:
             rest["alibi_slopes"] = jnp.asarray(2.0 ** -np.arange(1, self.heads + 1), jnp.float32)
         if self.packed:
@@ -153,6 +156,7 @@ def cases(draw):
 @settings(max_examples=3, derandomize=True, deadline=None)
 @given(cases())
 @example(Case(T=300, D=128, sinks=4, window=130, blocks=(128, 128)))
+@example(Case(T=90, window=32, late=70))
 def test_output(case):
     case.check(gradients=False)
 

@@ -14,7 +14,7 @@ from pallas_kernels import targets
 from pallas_kernels.block_sparse import block_sparse_attention
 from pallas_kernels.flash import pairs, tpu, tpu_blocks
 from pallas_kernels.flash.call import Call, Places
-from pallas_kernels.flash.rule import Rule, block_map, ring_ticks, starts_of, visible
+from pallas_kernels.flash.rule import EMPTY, Rule, block_map, ring_ticks, starts_of, visible
 from pallas_kernels.ring import Ring, empty_ring, floats, stored
 from pallas_kernels.sink_attention import sink_attention
 
@@ -67,6 +67,7 @@ def case(T, sinks, window, heads, D, dtype, state, ticks, *options):
 
 
 # Every state and every option once: a few draws leave some out.
+@case(20, 4, 16, (2, 1), 64, "float32", "late", (-7, 60), True, True, None, True, 6)
 @case(20, 4, 16, (2, 1), 64, "float32", "ring", (60, 11), True, True, None, True, 0)
 @case(20, 20, 30, (2, 2), 80, "float32", "ring", (200, 1000), True, False, 2.0, False, 1)
 @case(24, 1, 16, (2, 2), 128, "bfloat16", "ring", (0, 3), True, False, None, False, 2)
@@ -81,7 +82,7 @@ def case(T, sinks, window, heads, D, dtype, state, ticks, *options):
     heads=HEADS,
     D=st.sampled_from(tpu.HEAD_DIMS),
     dtype=DTYPES,
-    state=st.sampled_from(["alone", "packed", "ring", "ring"]),
+    state=st.sampled_from(["alone", "packed", "ring", "ring", "late"]),
     ticks=st.sampled_from([(0, 3), (60, 11), (200, 1000)]),
     rotated=st.booleans(),
     alibi=st.booleans(),
@@ -93,10 +94,11 @@ def test_sink_attention(
     T, sinks, window, heads, D, dtype, state, ticks, rotated, alibi, soft_cap, logits, seed
 ):
     (H, Hkv), rng = heads, np.random.default_rng(seed)
-    B = 2 if state == "ring" else 1
+    B = 2 if state in ("ring", "late") else 1
     if state == "ring" and window is None:
         window = 30
-    x = dict(q=normal(rng, B, T, H, D), k=normal(rng, B, T, Hkv, D), v=normal(rng, B, T, Hkv, D))
+    K = T + 19 if state == "late" else T  # keys from before the chunk, or from before the beginning
+    x = dict(q=normal(rng, B, T, H, D), k=normal(rng, B, K, Hkv, D), v=normal(rng, B, K, Hkv, D))
     if rotated:
         x["q_sinks"] = normal(rng, B, T, H, D)
     options = dict(sinks=sinks, window=window, soft_cap=soft_cap, return_lse=True)
@@ -106,6 +108,8 @@ def test_sink_attention(
         options["ticks"] = jnp.asarray(ticks, jnp.int32)
         if ticks[0] == 200:  # folded
             options["ticks"] = sinks + window + (options["ticks"] - sinks) % window
+    if state == "late":
+        options["ticks"] = jnp.asarray(ticks, jnp.int32)
     if state == "packed":
         options["segment_ids"] = jnp.asarray(np.sort(rng.integers(0, 4, (B, T))), jnp.int32)
     if alibi:
@@ -220,17 +224,20 @@ def test_races_of_two_cores(monkeypatch, planted):
     sinks=st.integers(0, 20),
     window=st.one_of(st.none(), st.integers(1, 60)),
     blocks=st.sampled_from([(4, 4), (8, 4), (4, 8), (16, 16)]),
-    kind=st.sampled_from(["alone", "packed", "ring"]),
-    tick=st.integers(0, 300),
+    kind=st.sampled_from(["alone", "packed", "ring", "late"]),
+    tick=st.integers(-40, 300),
     seed=st.integers(0, 99),
 )
 def test_lists(T, sinks, window, blocks, kind, tick, seed):
     """Every pair with a visible key is listed, once, and the list is not longer than its bound."""
     if kind == "ring" and window is None:
         window = 60
+    tick = 0 if kind == "packed" else tick if kind == "late" else abs(tick)
     rule = Rule(sinks, window, 1.0)
-    q_ticks = jnp.arange(T, dtype=jnp.int32)[None] + (tick if kind != "packed" else 0)
-    starts, k_ticks = jnp.zeros_like(q_ticks), q_ticks
+    more = seed % 40 if kind == "late" else 0
+    k_ticks = jnp.maximum(jnp.arange(more + T, dtype=jnp.int32)[None] + tick, EMPTY)
+    q_ticks = k_ticks[:, more:]
+    starts = jnp.zeros_like(q_ticks)
     if kind == "packed":
         ids = np.sort(np.random.default_rng(seed).integers(0, 4, (1, T)))
         starts = starts_of(jnp.asarray(ids, jnp.int32))

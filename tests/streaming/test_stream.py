@@ -325,20 +325,21 @@ def test_a_row_that_has_ended_is_silent_while_others_go_on(byte_lm, said):
     assert outputs[-1][0].end == "max_tokens"
 
 
-def test_a_row_that_ended_before_others_goes_on_where_it_ended(byte_lm, said):
+@pytest.mark.parametrize("cache", [RING, dataclasses.replace(RING, kv_dtype="int4")], ids=str)
+def test_a_row_that_ended_before_others_goes_on_where_it_ended(byte_lm, cache):
     """Its cache holds what it said, and nothing of the time in which only others spoke."""
-    tokens, _ = said
+    tokens = answer(byte_lm, byte_lm.tokenizer.encode("Hi"), 60, sampling=RANDOM, cache=cache)
     stop = tokens[30]
     until = tokens.index(stop) + 1
     lm = LanguageModel(byte_lm.model, byte_tokenizer(eos_ids=[stop]))
-    stream = new(lm, sampling=RANDOM, seeds=[1, 0])
+    stream = new(lm, sampling=RANDOM, seeds=[1, 0], cache=cache)
     stream.feed(["Oh", "Hi"])
     first, second = drawn(stream, 60)
     assert second == tokens[:until] and len(first) != len(second)
     stream.feed(["Next", "And then?"])
     after = drawn(stream, 20)[1]
     whole = [*lm.tokenizer.encode("Hi"), *second, *lm.tokenizer.encode("And then?")]
-    assert after == answer(lm, whole, 20, sampling=RANDOM)
+    assert after == answer(lm, whole, 20, sampling=RANDOM, cache=cache)
 
 
 def test_pieces_and_the_short_way_give_the_same_text(byte_lm, said):
