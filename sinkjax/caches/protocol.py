@@ -21,7 +21,8 @@ from pallas_kernels.sink_attention import sink_attention
 
 KV_DTYPES = (None, "float32", "bfloat16", "int8", "int4")
 # A cache in 4 bits rounds a token when it is so many tokens old. Most of the attention goes to what
-# is newer: rounded at once, four bits cost SmolLM2-135M 4 to 5% of perplexity, so 0.3% (docs/benchmarks.md).
+# is newer: SmolLM2-135M's perplexity rises by at most 0.3%; were all rounded at once, by 4 to 5%
+# (docs/benchmarks.md).
 RECENT = 32
 
 
