@@ -67,15 +67,7 @@ class FullCache:
         self, *, batch: int, kv_heads: int, head_dim: int, dtype: DTypeLike = jnp.float32
     ) -> "DenseCache":
         """An empty cache of `[batch, kv_heads, capacity, head_dim]` keys and values."""
-        ring, recent = empty(
-            self,
-            sinks=0,
-            window=self.capacity,
-            batch=batch,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            dtype=dtype,
-        )
+        ring, recent = empty(self, 0, self.capacity, batch, kv_heads, head_dim, dtype)
         return DenseCache(ring, recent, Clock.zero(batch), self)
 
 

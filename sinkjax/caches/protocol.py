@@ -308,7 +308,6 @@ def within(positions: Positions | None, span: int) -> Positions | None:
 
 def empty(
     policy: LayerPolicy,
-    *,
     sinks: int,
     window: int,
     batch: int,

@@ -75,15 +75,7 @@ class SinkRing:
         self, *, batch: int, kv_heads: int, head_dim: int, dtype: DTypeLike = jnp.float32
     ) -> "RingCache":
         """An empty ring of `[batch, kv_heads, sinks + window, head_dim]` keys and values."""
-        ring, recent = empty(
-            self,
-            sinks=self.sinks,
-            window=self.window,
-            batch=batch,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            dtype=dtype,
-        )
+        ring, recent = empty(self, self.sinks, self.window, batch, kv_heads, head_dim, dtype)
         return RingCache(ring, recent, Clock.zero(batch), self)
 
     def folded(self, ticks: Int32[Array, " B"] | int) -> Int32[Array, " B"]:
