@@ -26,6 +26,7 @@ from pallas_kernels.ring import bytes_of, empty_ring
 from pallas_kernels.ring_decode import ring_decode
 from pallas_kernels.sink_attention import sink_attention
 from sinkjax.caches import SinkRing
+from sinkjax.files import replaced
 from sinkjax.models import Config, Decoder, parameters
 from sinkjax.models.families import PRESETS
 from sinkjax.streaming import LanguageModel, Sampling
@@ -252,9 +253,8 @@ def main(argv: list[str]) -> None:
             print(out[-1], flush=True)
         out.append("")
     if FLAGS.out:
-        with open(FLAGS.out + ".new", "w") as file:
-            file.write("\n".join(out))
-        os.replace(FLAGS.out + ".new", FLAGS.out)
+        with replaced(FLAGS.out) as part:
+            part.write_text("\n".join(out), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from scale_report import GIB, MEMORY, total, with_layers
 
 from pallas_kernels.ring import bytes_of
 from sinkjax.caches import FullCache, HeadSplit, Policy, SinkRing
+from sinkjax.files import replaced
 from sinkjax.models import Decoder
 from sinkjax.models.families import PRESETS
 from sinkjax.streaming import LanguageModel, Sampling
@@ -230,9 +231,8 @@ def main(argv: list[str]) -> None:
         print()
         out.append("")
     if FLAGS.out:
-        with open(FLAGS.out + ".new", "w") as file:
-            file.write("\n".join(out))
-        os.replace(FLAGS.out + ".new", FLAGS.out)
+        with replaced(FLAGS.out) as part:
+            part.write_text("\n".join(out), encoding="utf-8")
 
 
 if __name__ == "__main__":

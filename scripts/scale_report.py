@@ -27,6 +27,7 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels import targets
 from pallas_kernels.ring import Ring
 from sinkjax.caches import SinkRing
+from sinkjax.files import replaced
 from sinkjax.mesh import DATA, MODEL, over, parse, spec_of
 from sinkjax.models import Config, Decoder, parameters
 from sinkjax.models.families import PRESETS
@@ -265,9 +266,8 @@ def main(argv: list[str]) -> None:
             out.append(f"| {' | '.join(row)} |")
             print(out[-1], flush=True)
     if FLAGS.out:
-        with open(FLAGS.out + ".new", "w") as file:
-            file.write("\n".join(out) + "\n")
-        os.replace(FLAGS.out + ".new", FLAGS.out)
+        with replaced(FLAGS.out) as part:
+            part.write_text("\n".join(out) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from pallas_kernels import tuning
 from pallas_kernels.ring import empty_ring
 from pallas_kernels.ring_decode import ring_decode
 from pallas_kernels.sink_attention import sink_attention
+from sinkjax.files import replaced
 
 FLAGS = flags.FLAGS
 SINKS = 4
@@ -116,9 +117,8 @@ def main(argv: list[str]) -> None:
         for head_dim, dtype in itertools.product(map(int, FLAGS.head_dims), FLAGS.dtypes):
             table[tuning.key(head_dim, dtype)] = fastest(op, head_dim, dtype)
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(f"{path}.new", "w") as file:
-            file.write(json.dumps(table, indent=1, sort_keys=True) + "\n")
-        os.replace(f"{path}.new", path)
+        with replaced(path) as part:
+            part.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
         print(f"wrote {path}")
 
 

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from sinkjax import analysis, cli
 from sinkjax.analysis import passkey, perplexity, streameval
 from sinkjax.caches import SinkRing
+from sinkjax.files import replaced
 from sinkjax.mesh import agree, is_main, together
 
 FLAGS = flags.FLAGS
@@ -82,7 +83,7 @@ def save_perplexity(
         summary.append((mode, len(curve.nll), *(f"{x:.5g}" for x in figures)))
     write_table(folder / "summary.csv", summary)
     figure = analysis.plot_curves(curves, bucket=bucket, trained_context=trained_context)
-    with replaced(folder / "perplexity.png") as path:
+    with written(folder / "perplexity.png") as path:
         figure.savefig(path, format="png")
     return summary
 
@@ -110,7 +111,7 @@ def save_recall(
         summary.append((mode, *_marks(recall)))
     write_table(folder / "streameval.csv", rows)
     figure = analysis.plot_recall(results, bucket=bucket, capacity=capacity)
-    with replaced(folder / "streameval.png") as path:
+    with written(folder / "streameval.png") as path:
         figure.savefig(path, format="png")
     return summary
 
@@ -146,7 +147,7 @@ def save_grids(
         figures = (f"{x:.4g}" for x in (grid.mean, grid.recall.min()))
         summary.append((policy, *figures, cache_bytes[policy]))
     write_table(folder / f"{name}_summary.csv", summary)
-    with replaced(folder / f"{name}.png") as path:
+    with written(folder / f"{name}.png") as path:
         analysis.plot_grids(grids).savefig(path, format="png")
     return summary
 
@@ -156,25 +157,20 @@ def _marks(recall: analysis.Recall) -> tuple[int, str, str]:
 
 
 @contextlib.contextmanager
-def replaced(path: Path) -> Iterator[Path]:
-    """A path to write to; what was written there takes its name when it is whole. Of several
-    processes, one keeps what it wrote."""
+def written(path: Path) -> Iterator[Path]:
+    """A path to write to, as `replaced` gives it. Of several processes, one keeps what it wrote."""
     with together(f"writing {path}"):
         if not is_main():
             yield Path(os.devnull)
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
+        with replaced(path) as part:
             yield part
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
 
 
 def write_table(path: Path, rows: Iterable[Sequence[Any]]) -> None:
     """Writes rows as CSV (UTF-8, lines end with "\\n"), whole or not at all."""
-    with replaced(path) as part, open(part, "w", encoding="utf-8", newline="") as file:
+    with written(path) as part, open(part, "w", encoding="utf-8", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(rows)
 
 

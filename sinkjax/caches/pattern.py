@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Float
 
+from sinkjax.files import replaced
+
 _TABLE, _SETTINGS = "full_attention_heads.tsv", "config.json"
 
 
@@ -52,9 +54,8 @@ def write_gates(
     folder.mkdir(parents=True, exist_ok=True)
     table = "".join("\t".join(f"{x:.6f}" for x in row) + "\n" for row in gates)
     for name, text in ((_TABLE, table), (_SETTINGS, json.dumps(settings, indent=2) + "\n")):
-        partial = folder / f".{name}.partial"
-        partial.write_text(text)
-        os.replace(partial, folder / name)
+        with replaced(folder / name) as part:
+            part.write_text(text)
 
 
 def retrieval_heads(

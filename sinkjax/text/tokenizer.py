@@ -18,6 +18,7 @@ from typing import Any, Self
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
+from sinkjax.files import replaced
 from sinkjax.text import chat
 
 _SPACE = "▁"  # SentencePiece's visible space
@@ -522,9 +523,5 @@ def _default_template(template: str | list[dict[str, str]] | None) -> str | None
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replaced(path) as part:
+        part.write_text(text, encoding="utf-8")

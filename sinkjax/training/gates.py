@@ -30,6 +30,7 @@ from sinkjax.analysis.perplexity import load_text, text_ids
 from sinkjax.caches import LayerCaches, Positions, Scores, write_gates
 from sinkjax.caches.protocol import PLAIN, rotated, within
 from sinkjax.checkpoints.orbax import restore_tree, save_tree
+from sinkjax.files import replaced
 from sinkjax.mesh import AXES, DATA, MODEL, agree, fetch, is_main, together
 from sinkjax.models import Decoder
 from sinkjax.streaming import LanguageModel
@@ -399,18 +400,19 @@ def _save(trainer: GateTrainer, folder: Path) -> None:
             return
         s = trainer.settings
         write_gates(folder / "gates", gates, sink_size=s.sinks, recent_size=s.recent)
-        part = folder / ".part"
-        with open(part, "w", encoding="utf-8", newline="") as file:
+        with (
+            replaced(folder / "metrics.csv") as part,
+            open(part, "w", encoding="utf-8", newline="") as file,
+        ):
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(Metrics._fields)
             writer.writerows([f"{x:.6g}" for x in row] for row in done)
-        os.replace(part, folder / "metrics.csv")
         columns = dict(zip(Metrics._fields, done.T, strict=True))
         figure = plot_training(
             columns["step"], columns["distillation"], columns["mean_gate"], gates
         )
-        figure.savefig(part, format="png")
-        os.replace(part, folder / "gates.png")
+        with replaced(folder / "gates.png") as part:
+            figure.savefig(part, format="png")
 
 
 def _identity(trainer: GateTrainer) -> dict[str, Any]:
