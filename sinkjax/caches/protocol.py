@@ -5,6 +5,7 @@ frozen pytree of fixed shape for one layer, whose one verb is `attend`.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, Protocol, Self, cast
 
@@ -267,9 +268,7 @@ class LayerCaches:
         go on as if they had not. (What they wrote lies in the slot of their next token, which no
         query sees before that token overwrites it.)"""
 
-        def chosen(new, old):
-            rows = still.reshape(-1, *[1] * (new.ndim - 1))
-            return jnp.where(rows, old, new)
+        chosen = functools.partial(unless, still)
 
         def restored(new: Any, old: Any) -> Any:
             return dataclasses.replace(new, recent=jax.tree.map(chosen, new.recent, old.recent))
@@ -282,6 +281,11 @@ class LayerCaches:
     def position(self) -> UInt32[Array, " B"]:
         """The position of each row's next token, modulo 2³²."""
         return self.clocks[0].position
+
+
+def unless(still: Bool[Array, " B"], new: Num[Array, "B ..."], old: Num[Array, "B ..."]) -> Array:
+    """`new`, but the rows of `old` where they stand still."""
+    return jnp.where(still.reshape(-1, *[1] * (new.ndim - 1)), old, new)
 
 
 def _each(f: Callable[..., Any], cache: Any, *others: Any) -> Any:

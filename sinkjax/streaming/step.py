@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int32, UInt32
 
 from pallas_kernels.ring import Ring
 from sinkjax.caches import LayerCaches, Policy
+from sinkjax.caches.protocol import unless
 from sinkjax.mesh import MODEL
 from sinkjax.models import Decoder
 from sinkjax.streaming.sampling import Sampling, sample
@@ -128,15 +129,12 @@ def decode(
         hidden, caches = model(token[:, None], state.caches)
         stopped = jnp.isin(token, jnp.asarray(stop_tokens, jnp.int32))
 
-        def unless_done(new, old):
-            return jnp.where(state.done.reshape(-1, *[1] * (new.ndim - 1)), old, new)
-
         recent = _remembered(state.recent, token[:, None], jnp.ones_like(token))
         state = dataclasses.replace(
             state,
             caches=caches.but_still(state.done, state.caches),
-            hidden=unless_done(hidden[:, 0], state.hidden),
-            recent=unless_done(recent, state.recent),
+            hidden=unless(state.done, hidden[:, 0], state.hidden),
+            recent=unless(state.done, recent, state.recent),
             done=state.done | stopped,
         )
         return i + 1, goes_on(state.done), state, drawn
